@@ -1,0 +1,31 @@
+# make setup | test | lint | demo     PYTHON=python3.12 picks the interpreter
+PYTHON ?= python3
+.PHONY: setup test lint demo demo-short clean help
+
+help:
+	@echo "make demo    train, fine-tune and evaluate on the embedded data set (minutes on two cores)"
+	@echo "make test    the default test suite"
+	@echo "make lint    formatting, lint and import contracts"
+	@echo "make setup   install only; the other targets call it"
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+RUN = PYTHONPATH="$(CURDIR)" "$$(cat .setup/python)"
+
+test: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -c "import sys; from importlinter.cli import lint_imports_command as lint; sys.exit(lint())"
+
+demo: setup
+	$(RUN) tools/demo.py
+
+demo-short: setup
+	$(RUN) tools/demo.py --short
+
+clean:
+	rm -rf .venv .setup output
