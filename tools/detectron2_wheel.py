@@ -9,9 +9,13 @@ changes on the way, and why:
 * ``COCOEvaluator``'s compiled fast path falls back to pycocotools, as Detectron2 main does.
 * ``Image.LINEAR`` (removed in Pillow 10) becomes ``Image.BILINEAR``, the NumPy aliases removed in 1.24 become the
   built-in types, and ``model_zoo`` finds its files without ``pkg_resources`` (gone from new setuptools).
+* ``detectron2.export`` skips its caffe2 half where caffe2 is absent, as Detectron2 main does, so that tracing and
+  ``detectron2.utils.analysis`` (operation counts) work.
 
 Each change must apply, or the build stops: a silent miss would surface hours into somebody's run.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
@@ -26,7 +30,7 @@ from pathlib import Path
 
 SOURCE = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-VERSION = "0.6+purepython"
+VERSION = "0.6+purepython.2"  # raise the last number with EDITS or PLACEHOLDER, so that old environments are renewed
 
 PLACEHOLDER = '''"""Stands in for Detectron2's compiled operators, which this build does not have."""
 
@@ -71,6 +75,11 @@ EDITS = (
         "detectron2/evaluation/coco_evaluation.py",
         r"\(COCOeval_opt if use_fast_impl else COCOeval\)",
         "COCOeval",
+    ),
+    (
+        "detectron2/export/__init__.py",
+        r"(?m)^from \.api import \*\n",
+        "try:\n    from .api import *\nexcept ImportError:  # caffe2 is not installed\n    pass\n",
     ),
 )
 

@@ -1,0 +1,1 @@
+"""Weights in and out: safe reading, atomic writing, predictor surgery by class names, official names."""

@@ -1,0 +1,1 @@
+"""Data sets, K-shot samples, supports and batches."""

@@ -1,0 +1,152 @@
+"""Training batches as a pure function of (seed, iteration), and Detectron2's test loader.
+
+Detectron2's own loader restarts its sampler on resume and groups images inside each process, so that the images of
+an iteration depend on how often a run was interrupted and on the number of GPUs. Here a plan lists the images of every
+iteration; processes and gradient accumulation only cut each batch into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fsdet.data.mapper import FewShotMapper
+
+
+class BatchPlan(Sampler[list[tuple[int, int]]]):
+    """Endless list of batches of (epoch, record) pairs, equal for every number of processes.
+
+    Every epoch is one permutation drawn from (seed, epoch). With `wide` given, a batch is built from groups of
+    `group_size` images that are all wide or all tall (less padding); images that do not fill a group wait for the next
+    epoch's. Small groups matter for K-shot sets: a single tall image would otherwise fill a whole batch by itself.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        wide: Sequence[bool] | None = None,
+        group_size: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Describe the plan.
+
+        Args:
+            size: number of records, at least 1.
+            batch_size: images of one iteration over all processes, a multiple of `world_size`.
+            seed: of the permutations.
+            start: first iteration to deliver (the earlier ones are skipped, not read).
+            wide: per record whether the image is wider than high; None switches grouping off.
+            group_size: images that share their orientation, a divisor of `batch_size`; 0 means the whole batch.
+            rank, world_size: this process receives the `rank`-th of `world_size` equal pieces of each batch.
+        """
+        if size < 1:
+            raise ValueError("There is no training record: the data set is empty or no image has an annotation")
+        if batch_size % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share; use a multiple"
+            )
+        self.group_size = 1 if wide is None else group_size or batch_size
+        if batch_size % self.group_size:
+            raise ValueError(
+                f"DATALOADER.GROUP_SIZE is {self.group_size}, which does not divide SOLVER.IMS_PER_BATCH {batch_size}"
+            )
+        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.groups = [0] * size if wide is None else [int(w) for w in wide]
+        piece = batch_size // world_size
+        self.piece = slice(rank * piece, (rank + 1) * piece)
+
+    def batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Whole batches from iteration 0 on."""
+        waiting: dict[int, list[tuple[int, int]]] = {0: [], 1: []}
+        batch: list[tuple[int, int]] = []
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            for index in torch.randperm(self.size, generator=generator).tolist():
+                bucket = waiting[self.groups[index]]
+                bucket.append((epoch, index))
+                if len(bucket) == self.group_size:
+                    batch += bucket
+                    bucket.clear()
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            epoch += 1
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for iteration, batch in enumerate(self.batches()):
+            if iteration >= self.start:
+                yield batch[self.piece]
+
+
+class PlannedDataset(Dataset[dict[str, Any]]):
+    """Records addressed by (epoch, index); the pair and the seed decide the augmentation."""
+
+    def __init__(self, records: list[dict[str, Any]], mapper: FewShotMapper, seed: int) -> None:
+        self.records = DatasetFromList(records, copy=False)  # serialised once, shared by the workers
+        self.mapper, self.seed = mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return self.mapper({**self.records[index], "augmentation_seed": (self.seed, epoch, index)})
+
+
+def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Detection batches stay lists of dicts."""
+    return batch
+
+
+def build_train_loader(
+    cfg: Any, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> DataLoader[list[dict[str, Any]]]:
+    """Loader of the planned batches of `cfg.DATASETS.TRAIN`, from iteration `start` on.
+
+    Args:
+        cfg: a resolved configuration; reads DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, DATALOADER.*, INPUT.*.
+        seed: of order and augmentation. Any number of workers gives the same batches.
+        start: first iteration.
+        rank, world_size: the piece of each batch that this process trains on.
+    Raises: ValueError for an empty data set, a batch that the processes cannot share or an unknown sampler.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; only TrainingSampler resumes exactly"
+        )
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+    )
+    wide = [r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    plan = BatchPlan(
+        len(records),
+        cfg.SOLVER.IMS_PER_BATCH,
+        seed=seed,
+        start=start,
+        wide=wide,
+        group_size=cfg.DATALOADER.GROUP_SIZE,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(
+        PlannedDataset(records, FewShotMapper(cfg, True), seed),
+        batch_sampler=plan,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+    )
+
+
+def build_test_loader(cfg: Any, dataset_name: str) -> DataLoader[list[dict[str, Any]]]:
+    """Detectron2's test loader (one image a batch, every image once over all processes) with fsdet's mapper."""
+    return build_detection_test_loader(cfg, dataset_name, mapper=FewShotMapper(cfg, False))

@@ -1,0 +1,75 @@
+"""Dataset dict -> model input, with randomness that depends on (seed, epoch, record) alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BoxMode
+from PIL import UnidentifiedImageError
+
+# Class id of a region that must yield neither positives nor negatives (rows behind all real boxes).
+IGNORE_CLASS = -1
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read or does not have the size that its annotation states."""
+
+
+@contextmanager
+def seeded_numpy(*numbers: int) -> Iterator[None]:
+    """Seed NumPy's and Python's global generators inside the block and restore them behind it.
+
+    Detectron2's augmentations draw from NumPy's global generator; this makes their draw a function of `numbers`, the
+    same in every worker process and after every resume.
+    """
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    np.random.seed([number % 2**32 for number in numbers])
+    random.seed(":".join(str(number) for number in numbers))
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+class FewShotMapper(DatasetMapper):
+    """Detectron2's mapper with seeded augmentation, ignore regions and errors that name the file.
+
+    A record may carry two keys beside Detectron2's own:
+
+    * "augmentation_seed": ints, usually (seed, epoch, record); without it the global generators are used;
+    * "ignore_regions": XYXY boxes in absolute pixels of the original image. In training they follow the real boxes as
+      rows of "instances" with `gt_classes` -1 (`IGNORE_CLASS`), in the frame of the network input.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Read the image and its annotations.
+
+        Returns: the record with "image" (3, H, W) uint8 in `INPUT.FORMAT` order and, in training, "instances".
+        Raises: ImageError naming a file that is missing, truncated or of another size.
+        """
+        record = dict(dataset_dict)
+        seed = record.pop("augmentation_seed", None)
+        regions = record.pop("ignore_regions", None)
+        if self.is_train and regions:
+            ignored = [
+                {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": IGNORE_CLASS, "iscrowd": 0}
+                for box in regions
+            ]
+            record["annotations"] = [*record.get("annotations", []), *ignored]
+        try:
+            if seed is None:
+                return super().__call__(record)
+            with seeded_numpy(*seed):
+                return super().__call__(record)
+        except (OSError, UnidentifiedImageError, SizeMismatchError, SyntaxError) as error:
+            raise ImageError(
+                f"{record['file_name']}: this image cannot be used ({error}). Replace the file, or remove image "
+                f"{record.get('image_id')} from the annotations."
+            ) from error

@@ -1,0 +1,1 @@
+"""Configuration, training, sweeps and the tools' logic."""

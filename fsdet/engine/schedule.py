@@ -1,0 +1,63 @@
+"""Schedules as rows of a table, and their scaling to another number of images per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+
+# Positions in a row of FEWSHOT.SCHEDULE.
+_COLUMNS = ("split", "setting", "shot", "base LR", "steps", "iterations", "warm-up")
+
+
+def find_row(rows: Sequence[Sequence[Any]], *, split: int, setting: str, shot: int) -> Sequence[Any] | None:
+    """First row whose split, setting and shot match; "*" matches everything.
+
+    Raises: ValueError when there are rows but none fits, naming the shots that have one.
+    """
+    for row in rows:
+        if len(row) != len(_COLUMNS):
+            raise ValueError(f"FEWSHOT.SCHEDULE: a row has {len(_COLUMNS)} columns ({', '.join(_COLUMNS)}), got {row}")
+        if all(want in ("*", have) for want, have in zip(row[:3], (split, setting, shot), strict=True)):
+            return row
+    if rows:
+        shots = sorted({row[2] for row in rows if row[0] in ("*", split) and row[1] in ("*", setting)}, key=str)
+        raise ValueError(
+            f"FEWSHOT.SCHEDULE has no row for split {split}, {setting}, {shot} shots; it has {shots} shots. Add a row "
+            "to the config file."
+        )
+    return None
+
+
+def apply_schedule(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Set BASE_LR, MAX_ITER, STEPS and WARMUP_ITERS from the table and the batch size, then from the command line.
+
+    The table states a recipe for `SOLVER.REFERENCE_IMS_PER_BATCH` images per step. With another IMS_PER_BATCH the
+    learning rate scales in proportion and every count of iterations inversely, so that the images seen stay the same
+    (Goyal et al. 2017, section 2.1). STEPS come last: they keep their fraction of whatever MAX_ITER ends up as.
+    """
+    solver = cfg.SOLVER
+    if cfg.FEWSHOT.STAGE == "novel":
+        row = find_row(
+            cfg.FEWSHOT.SCHEDULE, split=cfg.FEWSHOT.SPLIT, setting=cfg.FEWSHOT.SETTING, shot=cfg.FEWSHOT.SHOT
+        )
+        if row is not None:
+            solver.BASE_LR, solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS = (
+                float(row[3]),
+                tuple(row[4]),
+                int(row[5]),
+                int(row[6]),
+            )
+    fractions = [step / solver.MAX_ITER for step in solver.STEPS]
+    if solver.REFERENCE_IMS_PER_BATCH:
+        scale = solver.IMS_PER_BATCH / solver.REFERENCE_IMS_PER_BATCH
+        solver.BASE_LR *= scale
+        solver.MAX_ITER = max(1, round(solver.MAX_ITER / scale))
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
+        solver.CHECKPOINT_PERIOD = max(1, round(solver.CHECKPOINT_PERIOD / scale))
+        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+    given = dict(zip(opts[::2], opts[1::2], strict=True))
+    cfg.merge_from_list([word for pair in given.items() for word in pair])
+    if "SOLVER.STEPS" not in given:
+        solver.STEPS = tuple(round(fraction * solver.MAX_ITER) for fraction in fractions)

@@ -1,0 +1,278 @@
+"""Configuration: Detectron2's defaults, fsdet's keys, files, command line, and the values derived from them.
+
+Order: defaults < base files < file < derived < command line. Split, shot, seed and setting are values, not file names;
+`derive` turns them into data set names, class counts, a schedule and an output folder, once. A dumped config is marked
+`FEWSHOT.RESOLVED` and loads as it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from fsdet.data.catalog import DatasetSources, DatasetSpec, class_split, register
+from fsdet.data.splits import ClassSplit
+from fsdet.engine.schedule import apply_schedule
+from fsdet.engine.validate import validate
+from fsdet.methods import add_method_configs
+from fsdet.modeling import add_modeling_config
+
+logger = logging.getLogger(__name__)
+
+
+def add_fewshot_config(cfg: CfgNode) -> None:
+    """Declare the keys of data, protocol and schedule (the methods declare their own)."""
+    cfg.FEWSHOT = fewshot = CfgNode()
+    fewshot.METHOD = "tfa"  # label of the recipe, used for folders and reports
+    fewshot.MODEL = ""  # label of the network, used for folders and reports
+    fewshot.DATASET = "voc"  # label of the data, used for folders and reports
+    fewshot.LAYOUT = "voc"  # voc (XML, class splits 1-3) | coco (official ids, 60/20) | custom (any COCO-format set)
+    fewshot.STAGE = "base"  # base: all images, base classes | novel: K-shot fine-tuning
+    fewshot.SETTING = "gfsod"  # novel stage: gfsod (base and novel classes together) | fsod (novel classes alone)
+    fewshot.SPLIT = 1  # class split of VOC
+    fewshot.SHOT = 0  # K; 0 in the base stage
+    fewshot.SEED = 0  # which draw of the K shots
+    # Where the data is. Relative paths lie below ROOT; "" means $DETECTRON2_DATASETS, else ./datasets.
+    fewshot.ROOT = ""
+    fewshot.SAMPLES = ""  # folder of the K-shot lists; "" = vocsplit | cocosplit
+    fewshot.TRAIN_JSON, fewshot.TRAIN_IMAGES = "", ""  # COCO-format sets; "" = the official places
+    fewshot.TEST_JSON, fewshot.TEST_IMAGES = "", ""
+    fewshot.NOVEL_CLASSES = ()  # names; custom data only
+    fewshot.VOC_TRAIN = ("VOC2007:trainval", "VOC2012:trainval")  # folder:image set
+    fewshot.VOC_TEST = ("VOC2007:test",)
+    # Protocol switches; each one changes results and is written into result.json.
+    fewshot.RECORDS = (
+        "instance"  # K-shot record: instance (TFA) | image (instances of one image merged; DeFRCN on COCO)
+    )
+    fewshot.CHOICE = "seeded"  # which K of a longer list: seeded by (split, seed, class) | official (unseeded)
+    fewshot.LEAK = "background"  # unlabelled novel objects in base images: background | drop (image) | ignore (region)
+    fewshot.DIFFICULT = True  # train on VOC's difficult objects, as the official loader does
+    # The base run that a novel stage starts from: its folder and the surgered file in it.
+    fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
+    fewshot.BASE_RUN = ""  # folder; "" = derived from BASE_METHOD, data set and split
+    fewshot.SURGERY = "randinit"  # randinit | remove | combine: which surgered file MODEL.WEIGHTS defaults to
+    fewshot.RESET_PREDICTOR = False  # drop the checkpoint's predictor: start from any plain Detectron2 checkpoint
+    # Rows [split, setting, shot, base LR, decay steps, iterations, warm-up]; "*" matches all; the first match wins.
+    fewshot.SCHEDULE = []
+    fewshot.RESOLVED = False  # set by derive()
+
+
+def add_engine_config(cfg: CfgNode) -> None:
+    """Declare the keys of solver, loader and evaluation that Detectron2 lacks."""
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0  # images per step that LR and schedule are stated for; 0 = no scaling
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # forward/backward passes per step and process
+    cfg.SOLVER.CHECKPOINTS_KEPT = 2  # the newest ones, beside model_final
+    cfg.SOLVER.AMP.DTYPE = "auto"  # auto: bfloat16 where the device has it, else float16 | bfloat16 | float16
+    cfg.SOLVER.FIND_UNUSED_PARAMETERS = False  # several processes: look for parameters without gradient
+    cfg.DATALOADER.GROUP_SIZE = 0  # images that share their orientation; 0 = the whole batch
+    cfg.TEST.STYLE = "coco"  # coco | voc: which evaluation gives the headline numbers
+    cfg.TEST.VOC_11_POINT = True  # VOC style: 11-point rule (2007) or area under the curve (2010 on)
+    cfg.TEST.FAST = True  # the faster evaluator, equal to pycocotools
+    cfg.SEED = 1  # Detectron2's default -1 (unseeded) stays possible
+
+
+def default_config() -> CfgNode:
+    """Detectron2's defaults on a fresh node with every key of fsdet; nothing global changes."""
+    cfg = get_cfg()
+    add_modeling_config(cfg)
+    add_method_configs(cfg)
+    add_fewshot_config(cfg)
+    add_engine_config(cfg)
+    return cfg
+
+
+def _known_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    """All keys, dotted."""
+    keys = []
+    for key, value in cfg.items():
+        keys += _known_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
+    return keys
+
+
+def _merge(cfg: CfgNode, source: str, merge: Any) -> None:
+    """Merge with one clear error that names the source and the nearest known key."""
+    try:
+        merge()
+    except (KeyError, ValueError, AssertionError) as error:
+        text = str(error.args[0] if error.args else error)
+        wrong = text.rsplit(":", 1)[-1].strip()
+        near = difflib.get_close_matches(wrong, _known_keys(cfg), n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if "Non-existent" in text and near else ""
+        raise ValueError(f"{source}: {text}{hint}") from error
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    """Merge a YAML file with its bases. Unlike Detectron2's default, a file may not construct Python objects."""
+    if not Path(config_file).is_file():
+        raise FileNotFoundError(f"{config_file}: no such config file; the shipped ones are in configs/")
+    _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+
+
+def model_file(config_file: str, model: str) -> str:
+    """Path of a network file: a path as it is, a bare name looked up in ../base beside the config's folder."""
+    if Path(model).suffix:
+        return model
+    return str(Path(config_file).parent.parent / "base" / f"{model}.yaml")
+
+
+def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None = None) -> CfgNode:
+    """The frozen configuration of a run.
+
+    Args:
+        config_file: YAML file, or the config.yaml that a run has written.
+        opts: KEY VALUE pairs.
+        model: another network for the same recipe: a name such as "r50_c4" (configs/base) or a file.
+    Raises: FileNotFoundError, ValueError for an unknown key, a wrong type, a value out of range or a contradiction.
+    """
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ValueError(f"Overrides come in KEY VALUE pairs; got {len(opts)} words: {' '.join(opts)}")
+    cfg = default_config()
+    _merge_file(cfg, config_file)
+    if model and cfg.FEWSHOT.RESOLVED:
+        raise ValueError(f"{config_file} is resolved: its network cannot change. Start from the file in configs/")
+    if model:
+        weights, stage = cfg.MODEL.WEIGHTS, cfg.FEWSHOT.STAGE
+        _merge_file(cfg, model_file(config_file, model))
+        cfg.MODEL.WEIGHTS = weights if stage == "novel" else cfg.MODEL.WEIGHTS
+    if cfg.FEWSHOT.RESOLVED:
+        resolved = cfg.FEWSHOT.clone()
+        _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
+        _refuse_changed_protocol(config_file, resolved, cfg.FEWSHOT)
+    else:
+        _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
+        derive(cfg, opts)
+    validate(cfg)
+    cfg.freeze()
+    return cfg
+
+
+# Keys of a resolved file that say where things are, not what the run is.
+_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "BASE_RUN")
+
+
+def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) -> None:
+    """A dumped config already holds what follows from its FEWSHOT keys, so they cannot change any more."""
+    changed = [key for key in before if key not in _MOVABLE and before[key] != after[key]]
+    if changed:
+        raise ValueError(
+            f"{config_file} is the resolved config of a finished set-up; FEWSHOT.{', FEWSHOT.'.join(changed)} cannot "
+            "change any more. Start from the file in configs/ instead."
+        )
+
+
+def dataset_root(cfg: CfgNode) -> Path:
+    """Folder that relative data paths lie in."""
+    return Path(cfg.FEWSHOT.ROOT or os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def dataset_sources(cfg: CfgNode) -> DatasetSources:
+    """Where the files of this configuration's data are."""
+    fewshot = cfg.FEWSHOT
+    paths = {
+        name: Path(getattr(fewshot, name.upper())) if getattr(fewshot, name.upper()) else None
+        for name in ("samples", "train_json", "train_images", "test_json", "test_images")
+    }
+    return DatasetSources(
+        root=dataset_root(cfg),
+        voc_train=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TRAIN),
+        voc_test=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TEST),
+        novel_classes=tuple(fewshot.NOVEL_CLASSES),
+        **paths,
+    )
+
+
+def dataset_specs(cfg: CfgNode) -> tuple[DatasetSpec, DatasetSpec]:
+    """The training and the test set of this configuration."""
+    fewshot = cfg.FEWSHOT
+    subset = stage_subset(cfg)
+    shared = {"benchmark": fewshot.LAYOUT, "subset": subset, "split": fewshot.SPLIT}
+    train = DatasetSpec(
+        part="train",
+        shot=fewshot.SHOT if fewshot.STAGE == "novel" else 0,
+        seed=fewshot.SEED,
+        records=fewshot.RECORDS,
+        choice=fewshot.CHOICE,
+        leak=fewshot.LEAK,
+        difficult=fewshot.DIFFICULT,
+        **shared,
+    )
+    return train, DatasetSpec(part="test", **shared)
+
+
+def stage_subset(cfg: CfgNode) -> str:
+    """Which classes the detector of this configuration has: "base", "novel" or "all"."""
+    if cfg.FEWSHOT.STAGE == "base":
+        return "base"
+    return "all" if cfg.FEWSHOT.SETTING == "gfsod" else "novel"
+
+
+def config_classes(cfg: CfgNode) -> ClassSplit:
+    """Base, novel and all class names of this configuration's data."""
+    return class_split(dataset_specs(cfg)[0], dataset_sources(cfg))
+
+
+def run_classes(cfg: CfgNode) -> list[str]:
+    """Class names of the detector of this configuration, in predictor order."""
+    return list(config_classes(cfg).of(stage_subset(cfg)))
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the two data sets that the configuration names; reads no annotation."""
+    for spec in dataset_specs(cfg):
+        register(spec, dataset_sources(cfg))
+
+
+def data_label(cfg: CfgNode) -> str:
+    """Folder name of the data: the data set, with its class split where it has several."""
+    split = f"_split{cfg.FEWSHOT.SPLIT}" if cfg.FEWSHOT.LAYOUT == "voc" else ""
+    return f"{cfg.FEWSHOT.DATASET}{split}"
+
+
+def run_family(cfg: CfgNode, method: str) -> str:
+    """Folder of all runs of one method, network and data set."""
+    return "/".join(part for part in (method, cfg.FEWSHOT.MODEL, data_label(cfg)) if part)
+
+
+def derive(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Fill in what follows from stage, setting, split, shot and seed; the command line has the last word."""
+    fewshot = cfg.FEWSHOT
+    validate(cfg, only_protocol=True)
+    train, test = dataset_specs(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train.name,), (test.name,)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(run_classes(cfg))
+    fewshot.BASE_METHOD = fewshot.BASE_METHOD or fewshot.METHOD
+    fewshot.BASE_RUN = fewshot.BASE_RUN or f"output/{run_family(cfg, fewshot.BASE_METHOD)}/base"
+    if fewshot.STAGE == "novel":
+        run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
+    else:
+        run = "base"
+    if cfg.OUTPUT_DIR in ("", "./output"):
+        cfg.OUTPUT_DIR = f"output/{run_family(cfg, fewshot.METHOD)}/{run}"
+    apply_schedule(cfg, opts)
+    fewshot.RESOLVED = True
+
+
+def surgered_weights(cfg: CfgNode) -> str:
+    """The file that the surgery of the base run writes; one name for the tool, the sweep and the default weights."""
+    subset = "" if stage_subset(cfg) == "all" else "_novel"
+    return f"{cfg.FEWSHOT.BASE_RUN}/model_{cfg.FEWSHOT.SURGERY}{subset}.pth"
+
+
+def on_this_machine(cfg: CfgNode) -> CfgNode:
+    """The same configuration with the device that is really there; a missing GPU costs one log line."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.freeze()
+        logger.warning("No GPU found: running on the CPU")
+    return cfg

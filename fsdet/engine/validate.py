@@ -1,0 +1,85 @@
+"""Ranges and combinations of configuration values, checked before anything is built."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+_CHOICES = {
+    "FEWSHOT.LAYOUT": ("voc", "coco", "custom"),
+    "FEWSHOT.STAGE": ("base", "novel"),
+    "FEWSHOT.SETTING": ("gfsod", "fsod"),
+    "FEWSHOT.RECORDS": ("instance", "image"),
+    "FEWSHOT.CHOICE": ("seeded", "official"),
+    "FEWSHOT.LEAK": ("background", "drop", "ignore"),
+    "FEWSHOT.SURGERY": ("randinit", "remove", "combine"),
+    "TEST.STYLE": ("coco", "voc"),
+    "SOLVER.AMP.DTYPE": ("auto", "bfloat16", "float16"),
+}
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    """Value of a dotted key."""
+    node: object = cfg
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _protocol_faults(cfg: CfgNode) -> list[str]:
+    """Faults of the FEWSHOT keys that a user sets."""
+    fewshot = cfg.FEWSHOT
+    faults = [
+        f'{key} is "{_value(cfg, key)}"; expected {" | ".join(allowed)}'
+        for key, allowed in _CHOICES.items()
+        if _value(cfg, key) not in allowed
+    ]
+    if fewshot.STAGE == "novel" and fewshot.SHOT < 1:
+        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}; the novel stage needs K >= 1, e.g. FEWSHOT.SHOT 5")
+    if fewshot.STAGE == "base" and fewshot.SHOT:
+        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}, but FEWSHOT.STAGE base trains on all images; leave it out")
+    if fewshot.SEED < 0:
+        faults.append(f"FEWSHOT.SEED is {fewshot.SEED}; draws are numbered from 0")
+    if fewshot.LAYOUT == "voc" and fewshot.SPLIT not in (1, 2, 3):
+        faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}; VOC has the class splits 1, 2 and 3")
+    if fewshot.LAYOUT == "custom" and not fewshot.TRAIN_JSON:
+        faults.append("FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON and FEWSHOT.TRAIN_IMAGES")
+    if fewshot.LAYOUT != "custom" and fewshot.NOVEL_CLASSES:
+        faults.append("FEWSHOT.NOVEL_CLASSES is for FEWSHOT.LAYOUT custom; voc and coco have fixed splits")
+    if fewshot.LEAK != "background" and fewshot.STAGE == "novel":
+        faults.append(f"FEWSHOT.LEAK {fewshot.LEAK} concerns base training; the novel stage has no such images")
+    faults += [
+        f'{item}: expected "folder:image set"' for item in (*fewshot.VOC_TRAIN, *fewshot.VOC_TEST) if ":" not in item
+    ]
+    return faults
+
+
+def _solver_faults(cfg: CfgNode) -> list[str]:
+    """Faults of solver and model values."""
+    solver, faults = cfg.SOLVER, []
+    for key in ("BASE_LR", "MAX_ITER", "IMS_PER_BATCH", "ACCUMULATION_STEPS", "CHECKPOINT_PERIOD", "CHECKPOINTS_KEPT"):
+        if getattr(solver, key) <= 0:
+            faults.append(f"SOLVER.{key} is {getattr(solver, key)}; it must be positive")
+    if solver.ACCUMULATION_STEPS > 0 and solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
+        faults.append(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of SOLVER.ACCUMULATION_STEPS "
+            f"{solver.ACCUMULATION_STEPS}"
+        )
+    if list(solver.STEPS) != sorted(solver.STEPS):
+        faults.append(f"SOLVER.STEPS {tuple(solver.STEPS)} must grow")
+    if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
+        faults.append("MODEL.MASK_ON and MODEL.KEYPOINT_ON must be False: this suite detects boxes")
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        faults.append(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; 0 loads in the main process")
+    return faults
+
+
+def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
+    """Check ranges and combinations.
+
+    Raises: ValueError with one line per fault.
+    """
+    faults = _protocol_faults(cfg)
+    if not only_protocol:
+        faults += _solver_faults(cfg)
+    if faults:
+        raise ValueError("The configuration cannot run:\n  " + "\n  ".join(faults))

@@ -1,0 +1,19 @@
+"""The methods of the suite. A new one is a module (or a folder) here and one line in METHODS.
+
+A method module registers its classes in Detectron2's registries when imported and declares its config keys in
+`add_config(cfg)`. Methods do not know each other.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from fsdet.methods import tfa
+
+METHODS = (tfa,)
+
+
+def add_method_configs(cfg: CfgNode) -> None:
+    """Declare the config keys of every method; call it on a copy of Detectron2's defaults."""
+    for method in METHODS:
+        method.add_config(cfg)

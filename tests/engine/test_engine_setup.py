@@ -1,0 +1,123 @@
+"""Configuration: order, derived values, schedules, validation."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fsdet.engine.schedule import find_row
+from fsdet.engine.setup import default_config, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NOVEL = sorted(p for p in (CONFIGS / "tfa").glob("*.yaml") if "base" not in p.name)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tfa/*_base.yaml")), ids=lambda p: p.stem)
+def test_base_configs_resolve(path):
+    cfg = load_config(str(path))
+    assert (60 if "coco" in path.name else 15) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert cfg.OUTPUT_DIR.endswith("/base")
+
+
+@pytest.mark.parametrize("path", NOVEL, ids=lambda p: p.stem)
+def test_novel_configs_resolve_for_every_value(path):
+    """Every split x setting x shot has a schedule, a class count and folders of its own."""
+    coco = path.name.startswith("coco")
+    settings = ("fsod",) if "novel_only" in path.name else ("gfsod", "fsod")
+    folders = set()
+    for split in (1,) if coco else (1, 2, 3):
+        for setting in settings:
+            for shot in (1, 2, 3, 5, 10) + ((30,) if coco else ()):
+                opts = ["FEWSHOT.SPLIT", str(split), "FEWSHOT.SETTING", setting, "FEWSHOT.SHOT", str(shot)]
+                cfg = load_config(str(path), opts)
+                novel, total = (20, 80) if coco else (5, 20)
+                assert (novel if setting == "fsod" else total) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+                assert all(0 < step <= cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS)
+                folders.add(cfg.OUTPUT_DIR)
+    assert len(folders) == (1 if coco else 3) * len(settings) * (6 if coco else 5)
+
+
+def test_published_rows():
+    """Rows of TFA's released configurations, the split 2 exception among them."""
+    cos = str(CONFIGS / "tfa" / "voc_cos.yaml")
+    solver = load_config(cos, ["FEWSHOT.SPLIT", "1", "FEWSHOT.SHOT", "5"]).SOLVER
+    assert (solver.BASE_LR, solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS) == (0.001, (18000,), 20000, 10)
+    solver = load_config(cos, ["FEWSHOT.SPLIT", "2", "FEWSHOT.SHOT", "5"]).SOLVER
+    assert (solver.BASE_LR, solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS) == (0.005, (17500,), 20000, 0)
+
+
+def test_command_line_has_the_last_word_and_steps_follow():
+    cos = str(CONFIGS / "tfa" / "voc_cos.yaml")
+    solver = load_config(cos, ["FEWSHOT.SHOT", "5", "SOLVER.MAX_ITER", "200"]).SOLVER
+    assert (solver.MAX_ITER, solver.STEPS) == (200, (180,))
+    solver = load_config(cos, ["FEWSHOT.SHOT", "5", "SOLVER.MAX_ITER", "200", "SOLVER.STEPS", "(7,)"]).SOLVER
+    assert solver.STEPS == (7,)
+
+
+def test_schedule_follows_the_batch_size():
+    base = str(CONFIGS / "tfa" / "voc_base.yaml")
+    solver = load_config(base, ["SOLVER.IMS_PER_BATCH", "4"]).SOLVER
+    assert pytest.approx(0.005) == solver.BASE_LR
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (72000, (48000, 64000), 400)
+    fixed = load_config(base, ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.02"]).SOLVER
+    assert fixed.BASE_LR == 0.02
+
+
+def test_dumped_config_is_the_same_run(tmp_path):
+    cos = str(CONFIGS / "tfa" / "voc_cos.yaml")
+    cfg = load_config(cos, ["FEWSHOT.SHOT", "3", "FEWSHOT.SEED", "2", "SOLVER.MAX_ITER", "50"], model="r50_c4")
+    assert "r50_c4" in cfg.OUTPUT_DIR and cfg.MODEL.ROI_HEADS.NAME == "FewShotRes5ROIHeads"
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    assert json.dumps(load_config(str(path))) == json.dumps(cfg)
+    with pytest.raises(ValueError, match="FEWSHOT.SHOT cannot change"):
+        load_config(str(path), ["FEWSHOT.SHOT", "5"])
+
+
+def test_loading_changes_no_global_default():
+    from detectron2.config import get_cfg
+
+    before = get_cfg().dump()
+    default_config()
+    assert get_cfg().dump() == before and "FEWSHOT" not in get_cfg()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["FEWSHOT.SHOTS", "5"], "FEWSHOT.SHOTS; did you mean FEWSHOT.SHOT"),
+        (["FEWSHOT.SHOT"], "KEY VALUE pairs"),
+        ([], "novel stage needs K >= 1"),
+        (["FEWSHOT.SHOT", "7"], "no row for split 1, gfsod, 7 shots"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.SPLIT", "4"], "splits 1, 2 and 3"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.LEAK", "ignore"], "concerns base training"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.CHOICE", "lucky"], "expected seeded | official"),
+        (["FEWSHOT.SHOT", "5", "SOLVER.ACCUMULATION_STEPS", "3"], "no multiple of SOLVER.ACCUMULATION_STEPS"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.NOVEL_CLASSES", "('cat',)"], "fixed splits"),
+    ],
+)
+def test_faults_have_one_clear_message(opts, message):
+    with pytest.raises(ValueError) as error:
+        load_config(str(CONFIGS / "tfa" / "voc_cos.yaml"), opts)
+    assert message in str(error.value)
+
+
+def test_missing_file_and_unsafe_yaml(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+    target = tmp_path / "executed"
+    path = tmp_path / "payload.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n")
+    with pytest.raises(Exception, match="python/object"):
+        load_config(str(path))
+    assert not target.exists()
+
+
+def test_find_row_wildcards():
+    rows = [[2, "*", 1, 0.5, [], 10, 0], ["*", "fsod", 1, 0.1, [], 20, 0]]
+    assert find_row(rows, split=2, setting="gfsod", shot=1)[3] == 0.5
+    assert find_row(rows, split=1, setting="fsod", shot=1)[3] == 0.1
+    with pytest.raises(ValueError, match="no row"):
+        find_row(rows, split=1, setting="gfsod", shot=1)
+    with pytest.raises(ValueError, match="7 columns"):
+        find_row([[1, 2]], split=1, setting="gfsod", shot=1)
