@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -18,10 +19,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
-from fsdet.checkpoint.safe_io import save_text_atomic, sha256_of
+from fsdet.checkpoint.predictor import predictor_classes, recorded_classes
+from fsdet.checkpoint.safe_io import load_weights, save_text_atomic, sha256_of
 from fsdet.data.catalog import sample_files
 from fsdet.data.loader import build_test_loader
+from fsdet.data.mapper import FewShotMapper
 from fsdet.data.seeds import check_manifest, digest_of
+from fsdet.data.support import SupportSet
 from fsdet.engine.preflight import check_run
 from fsdet.engine.setup import (
     config_classes,
@@ -33,7 +37,8 @@ from fsdet.engine.setup import (
     run_classes,
 )
 from fsdet.engine.trainer import Trainer, autocast, build_detector
-from fsdet.evaluation.evaluator import build_evaluator
+from fsdet.evaluation.diagnosis import diagnose, is_novel_zero, proposal_recall
+from fsdet.evaluation.evaluator import FewShotEvaluator, build_evaluator
 from fsdet.evaluation.result import (
     RUN_KEYS,
     Protocol,
@@ -45,6 +50,8 @@ from fsdet.evaluation.result import (
     split_metrics,
     write_result,
 )
+from fsdet.modeling.base import condition_on_support
+from fsdet.modeling.freeze import trainable_prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +109,12 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
     return int(state.get("iteration", -1)) + 1 if resume and checkpointer.has_checkpoint() else 0
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Metrics in percent on DATASETS.TEST, e.g. {"AP50": …, "nAP50": …}; empty on all but the main process."""
+def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotEvaluator]:
+    """Evaluate on DATASETS.TEST; a detector with supports encodes them once, before the first image.
+
+    Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …} (empty on all but the main process), and the evaluator.
+    """
+    condition_on_support(model, lambda: build_support(cfg))
     (name,) = cfg.DATASETS.TEST
     evaluator = build_evaluator(
         name,
@@ -115,7 +126,33 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     )
     with autocast(cfg):
         results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
-    return dict(results.get("bbox", {}))
+    return dict(results.get("bbox", {})), evaluator
+
+
+def build_support(cfg: CfgNode) -> SupportSet:
+    """The K-shot records that the configuration trains on, as whole images with boxes."""
+    return SupportSet.from_records(DatasetCatalog.get(cfg.DATASETS.TRAIN[0]), run_classes(cfg))
+
+
+def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpointer, evaluator: FewShotEvaluator) -> str:
+    """Why the novel AP may be 0: weights, head, class order, frozen parts, scores, RPN recall on novel boxes."""
+    name = cfg.DATASETS.TEST[0]
+    novel = [c for c in run_classes(cfg) if c in config_classes(cfg).novel]
+    mapper = FewShotMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+    loader = ([mapper(record)] for record in DatasetCatalog.get(name))
+    weights = Path(cfg.MODEL.WEIGHTS)
+    recorded = recorded_classes(load_weights(weights)) if weights.is_file() else None
+    return diagnose(
+        novel_classes=novel,
+        test_classes=run_classes(cfg),
+        load_report=checkpointer.report,
+        head_classes=predictor_classes(model.state_dict()),
+        checkpoint_classes=recorded,
+        trainable=trainable_prefixes(model),
+        score_threshold=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+        highest_scores=evaluator.highest_scores(),
+        recall=proposal_recall(model, loader, [run_classes(cfg).index(c) for c in novel], max_images=200),
+    ).text()
 
 
 def backbone_label(cfg: CfgNode) -> str:
@@ -164,6 +201,11 @@ def run_protocol(cfg: CfgNode) -> Protocol:
     )
 
 
+def result_digest(cfg: CfgNode) -> str:
+    """Digest of the recipe behind a result: the configuration without folders, device and draw."""
+    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT"))
+
+
 def record_result(
     cfg: CfgNode, metrics: dict[str, float], *, seconds: dict[str, float], iterations: int, notes: dict[str, str]
 ) -> Path:
@@ -178,7 +220,7 @@ def record_result(
         },
         metrics=overall,
         per_class=per_class,
-        config_digest=config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN")),
+        config_digest=result_digest(cfg),
         versions=collect_versions(cfg.MODEL.DEVICE),
         seconds=seconds,
         peak_memory_mib=peak_memory_mib(),
@@ -226,9 +268,13 @@ def run(
         trainer.start_iter = load_for_run(cfg, checkpointer, resume=resume)
         trainer.train()
     trained = time.perf_counter()
-    metrics = evaluate(cfg, detector)
+    metrics, evaluator = evaluate(cfg, detector)
     if not comm.is_main_process():
         return {}
+    notes = {}
+    if is_novel_zero(metrics):
+        notes["novel AP is 0"] = explain_zero(cfg, detector, checkpointer, evaluator)
+        logger.warning("Novel AP is 0\n%s", notes["novel AP is 0"])
     seconds = {"train": 0.0 if eval_only else trained - started, "eval": time.perf_counter() - trained}
-    record_result(cfg, metrics, seconds=seconds, iterations=0 if eval_only else cfg.SOLVER.MAX_ITER, notes={})
+    record_result(cfg, metrics, seconds=seconds, iterations=0 if eval_only else cfg.SOLVER.MAX_ITER, notes=notes)
     return metrics

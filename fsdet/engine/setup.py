@@ -54,6 +54,7 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     fewshot.CHOICE = "seeded"  # which K of a longer list: seeded by (split, seed, class) | official (unseeded)
     fewshot.LEAK = "background"  # unlabelled novel objects in base images: background | drop (image) | ignore (region)
     fewshot.DIFFICULT = True  # train on VOC's difficult objects, as the official loader does
+    fewshot.OUTPUT = "output"  # folder that run folders are derived below
     # The base run that a novel stage starts from: its folder and the surgered file in it.
     fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
     fewshot.BASE_RUN = ""  # folder; "" = derived from BASE_METHOD, data set and split
@@ -155,7 +156,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
 
 
 # Keys of a resolved file that say where things are, not what the run is.
-_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "BASE_RUN")
+_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "OUTPUT", "BASE_RUN")
 
 
 def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) -> None:
@@ -249,22 +250,27 @@ def derive(cfg: CfgNode, opts: Sequence[str]) -> None:
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train.name,), (test.name,)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(run_classes(cfg))
     fewshot.BASE_METHOD = fewshot.BASE_METHOD or fewshot.METHOD
-    fewshot.BASE_RUN = fewshot.BASE_RUN or f"output/{run_family(cfg, fewshot.BASE_METHOD)}/base"
+    fewshot.BASE_RUN = fewshot.BASE_RUN or f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.BASE_METHOD)}/base"
     if fewshot.STAGE == "novel":
         run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
         cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
     else:
         run = "base"
     if cfg.OUTPUT_DIR in ("", "./output"):
-        cfg.OUTPUT_DIR = f"output/{run_family(cfg, fewshot.METHOD)}/{run}"
+        cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
     apply_schedule(cfg, opts)
     fewshot.RESOLVED = True
 
 
 def surgered_weights(cfg: CfgNode) -> str:
-    """The file that the surgery of the base run writes; one name for the tool, the sweep and the default weights."""
+    """The file that the surgery of the base run writes; one name for the tool, the sweep and the default weights.
+
+    `combine` takes the novel rows from a run on the same K shots, so its file belongs to one draw.
+    """
+    fewshot = cfg.FEWSHOT
     subset = "" if stage_subset(cfg) == "all" else "_novel"
-    return f"{cfg.FEWSHOT.BASE_RUN}/model_{cfg.FEWSHOT.SURGERY}{subset}.pth"
+    draw = f"_{fewshot.SHOT}shot_seed{fewshot.SEED}" if fewshot.SURGERY == "combine" else ""
+    return f"{fewshot.BASE_RUN}/model_{fewshot.SURGERY}{subset}{draw}.pth"
 
 
 def on_this_machine(cfg: CfgNode) -> CfgNode:

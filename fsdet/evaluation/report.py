@@ -181,6 +181,12 @@ def _notes(rows: Sequence[Row]) -> Iterable[str]:
     else:
         yield from (f"{row.name}: seeds {seed_list(row.keys)}." for row in drawn)
     yield from (f"{row.name}: WITHOUT seeds {seed_list(row.missing)}." for row in drawn if row.missing)
+    digests: dict[tuple[int, int], set] = {}
+    for run in (run for row in drawn for _, run in row.runs):
+        digests.setdefault((run.protocol.shot, run.protocol.seed), set()).add(run.protocol.samples_digest)
+    differing = [f"{shot}-shot seed {seed}" for (shot, seed), found in sorted(digests.items()) if len(found) > 1]
+    if differing:
+        yield f"Rows were trained on different K-shot files at {', '.join(differing)}."
     for name in ("fsdet", "detectron2", "torch", "device"):
         found = sorted({run.versions.get(name, "unknown") for row in rows for _, run in row.runs})
         if len(found) > 1:

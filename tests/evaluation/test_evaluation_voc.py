@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import CLASSES, NOVEL, make_toy, to_batches
+from evaluation_cases import CLASSES, NOVEL, make_toy, to_batches
 from test_evaluation_coco import found, register_boxes
 
 from fsdet.evaluation.evaluator import build_evaluator

@@ -1,0 +1,106 @@
+"""Sweeps: base, surgery, methods x shots x seeds; skipping, failing, combining."""
+
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from fsdet.checkpoint.safe_io import load_weights
+from fsdet.engine.run import run
+from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.evaluation.result import read_result
+
+
+@pytest.fixture(autouse=True)
+def clean_catalogs():
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
+        for name in set(catalog) - names:
+            catalog.pop(name)
+
+
+@pytest.fixture
+def plan(write_config, tmp_path):
+    """Config files of a base stage, TFA w/ cos and a novel-only predictor on the tiny set."""
+    common = {"OUTPUT_DIR": "", "SOLVER": {"MAX_ITER": 2, "STEPS": []}}
+    out = {"OUTPUT": str(tmp_path / "out")}
+    novel = {**out, "STAGE": "novel", "BASE_METHOD": "base"}
+    cosine = {"ROI_HEADS": {"OUTPUT_LAYER": "cosine"}, "BACKBONE": {"FREEZE": True}}
+    return {
+        "base": write_config("base.yaml", FEWSHOT={**out, "METHOD": "base"}, **common),
+        "cos": write_config("cos.yaml", FEWSHOT={**novel, "METHOD": "cos"}, MODEL=cosine, **common),
+        "combine": write_config("c.yaml", FEWSHOT={**novel, "METHOD": "combine", "SURGERY": "combine"}, **common),
+        "only": write_config(
+            "o.yaml", FEWSHOT={**novel, "METHOD": "only", "SURGERY": "remove", "SETTING": "fsod"}, **common
+        ),
+    }
+
+
+def test_sweep_runs_skips_and_reports(plan, tmp_path):
+    sweep = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1, 2), seeds=(0, 1))
+    results = run_sweep(sweep)
+    assert [str(p.parent.relative_to(tmp_path / "out")) for p in results] == [
+        "base/squares/base",
+        "cos/squares/gfsod/1shot_seed0",
+        "cos/squares/gfsod/1shot_seed1",
+        "cos/squares/gfsod/2shot_seed0",
+        "cos/squares/gfsod/2shot_seed1",
+    ]
+    loaded = [read_result(path) for path in results]
+    assert loaded[1].config_digest == loaded[2].config_digest != loaded[3].config_digest
+    assert loaded[1].protocol.samples_digest != loaded[2].protocol.samples_digest
+    assert loaded[1].protocol.base_model == loaded[2].protocol.base_model != ""
+    assert {"AP50", "bAP50", "nAP50"} <= set(loaded[1].metrics)
+    surgered = load_weights(tmp_path / "out/base/squares/base/model_randinit.pth")
+    assert surgered["fsdet"]["classes"] == ["red", "green", "blue", "white"]
+    before = [path.stat().st_mtime_ns for path in results]
+    assert [path.stat().st_mtime_ns for path in run_sweep(sweep)] == before  # nothing ran again
+    changed = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1,), seeds=(0,), opts=("SOLVER.BASE_LR", "0.02"))
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        run_sweep(changed)
+
+
+def test_combine_takes_rows_of_the_same_shots(plan, tmp_path):
+    with pytest.raises(ValueError, match="--novel-only"):
+        run_sweep(Sweep(base=plan["base"], novel=(plan["combine"],), shots=(1,), seeds=(0,)))
+    run_sweep(
+        Sweep(base=plan["base"], novel=(plan["combine"],), shots=(1,), seeds=(1,), novel_only=plan["only"]),
+    )
+    out = tmp_path / "out"
+    base = load_weights(out / "base/squares/base/model_final.pth")["model"]
+    only = load_weights(out / "only/squares/fsod/1shot_seed1/model_final.pth")["model"]
+    both = load_weights(out / "base/squares/base/model_combine_1shot_seed1.pth")["model"]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert both[name][:3].equal(base[name][:3]) and both[name][4].equal(base[name][3])
+    assert both[name][3].equal(only[name][0])
+
+
+def test_failed_run_does_not_stop_the_others(plan, tmp_path):
+    sweep = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1, 5), seeds=(0,))  # there are no 5-shot lists
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed") as error:
+        run_sweep(sweep)
+    assert "5shot_seed0" in str(error.value)
+    assert (tmp_path / "out/cos/squares/gfsod/1shot_seed0/result.json").exists()
+
+
+def test_novel_stage_without_surgery(plan, tmp_path):
+    run(plan["base"])
+    weights = tmp_path / "out/base/squares/base/model_final.pth"
+    with pytest.raises(ValueError, match=r"base model that has had no surgery.*\n.*tools/surgery.py randinit"):
+        run(plan["cos"], ["FEWSHOT.SHOT", "1", "MODEL.WEIGHTS", str(weights)])
+    with pytest.raises(FileNotFoundError, match="train the base stage first"):
+        run(plan["cos"], ["FEWSHOT.SHOT", "1"])
+    metrics = run(plan["cos"], ["FEWSHOT.SHOT", "1", "MODEL.WEIGHTS", str(weights), "FEWSHOT.RESET_PREDICTOR", "True"])
+    assert "nAP50" in metrics
+
+
+def test_novel_zero_is_explained(plan, tmp_path):
+    """Two steps from random weights detect no novel object: the record says what was checked."""
+    run_sweep(Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1,), seeds=(0,)))
+    result = read_result(tmp_path / "out/cos/squares/gfsod/1shot_seed0/result.json")
+    assert result.metrics["nAP"] == 0
+    text = result.notes["novel AP is 0"]
+    for topic in ("weights", "class", "score", "recall"):
+        assert topic in text.lower()
+    assert json.loads((tmp_path / "out/cos/squares/gfsod/1shot_seed0/classes.json").read_text())["novel"] == ["white"]

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Base run, surgery, then every method x shot x seed, one after the other; finished runs are skipped.
+
+Examples:
+    python tools/run_fewshot.py --base configs/tfa/voc_base.yaml --novel configs/tfa/voc_cos.yaml \
+        --shots 1 2 3 5 10 --seeds 0 1 2 FEWSHOT.SPLIT 2
+    python tools/run_fewshot.py --base configs/tfa/coco_base.yaml --novel configs/tfa/coco_cos.yaml \
+        --novel-only configs/tfa/coco_novel_only.yaml --shots 10 30 --seeds 0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.evaluation.report import write_report
+
+
+def main() -> None:
+    """Parse the command line, run, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="config file of the base stage; leave out when its checkpoint exists")
+    parser.add_argument("--novel", nargs="+", required=True, help="config files of the novel stages")
+    parser.add_argument("--novel-only", help="config file of the novel-only predictor, for FEWSHOT.SURGERY combine")
+    parser.add_argument("--shots", nargs="+", type=int, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--settings", nargs="+", choices=("gfsod", "fsod"), default=["gfsod"])
+    parser.add_argument("--model", help="another network for all runs: a name of configs/base")
+    parser.add_argument("--report", type=Path, help="also write the report as HTML to this file")
+    args, opts = parser.parse_known_args()
+    sweep = Sweep(
+        base=args.base,
+        novel=tuple(args.novel),
+        shots=tuple(args.shots),
+        seeds=tuple(args.seeds),
+        settings=tuple(args.settings),
+        novel_only=args.novel_only,
+        model=args.model,
+        opts=tuple(opts),
+    )
+    try:
+        results = run_sweep(sweep)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(write_report(results, seeds=args.seeds))
+    if args.report:
+        write_report(results, args.report, style="html", seeds=args.seeds)
+
+
+if __name__ == "__main__":
+    main()
