@@ -42,7 +42,7 @@ def main() -> None:
         results = run_sweep(sweep)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(write_report(results, seeds=args.seeds))
+    print(write_report(results, style="brief", seeds=args.seeds))
     if args.report:
         write_report(results, args.report, style="html", seeds=args.seeds)
 

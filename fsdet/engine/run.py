@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,17 +59,20 @@ logger = logging.getLogger(__name__)
 _LOGGERS = ("fvcore", "detectron2", "fsdet")
 
 
-def start_logging(output_dir: str) -> None:
-    """Log to the console (main process) and to OUTPUT_DIR/log.txt; a second run in one process starts afresh."""
+def start_logging(output_dir: str, *, quiet: bool = False) -> None:
+    """Log to the console (main process; `quiet`: warnings alone) and to OUTPUT_DIR/log.txt, afresh for every run."""
     for name in _LOGGERS:
         target = logging.getLogger(name)
         for handler in list(target.handlers):
             target.removeHandler(handler)
         plain = getattr(setup_logger, "__wrapped__", setup_logger)  # later Detectron2 caches calls with equal arguments
         plain(output_dir, distributed_rank=comm.get_rank(), name=name)
+        for handler in target.handlers:
+            if quiet and getattr(handler, "stream", None) is sys.stdout:
+                handler.setLevel(logging.ERROR)
 
 
-def prepare(cfg: CfgNode) -> CfgNode:
+def prepare(cfg: CfgNode, *, quiet: bool = False) -> CfgNode:
     """Make OUTPUT_DIR with config.yaml and classes.json, register the data, seed; returns the config to run."""
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
@@ -78,7 +82,7 @@ def prepare(cfg: CfgNode) -> CfgNode:
         listed = {name: list(classes.of(name)) for name in ("all", "base", "novel")}
         save_text_atomic(json.dumps({**listed, "detector": run_classes(cfg)}, indent=1), output / "classes.json")
     comm.synchronize()
-    start_logging(cfg.OUTPUT_DIR)
+    start_logging(cfg.OUTPUT_DIR, quiet=quiet)
     register_datasets(cfg)
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED)
@@ -86,14 +90,15 @@ def prepare(cfg: CfgNode) -> CfgNode:
     return on_this_machine(cfg)
 
 
-def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: bool) -> int:
+def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: bool, training: bool = True) -> int:
     """Resume or load MODEL.WEIGHTS; returns the iteration to start from.
 
-    With FEWSHOT.RESET_PREDICTOR the box predictor keeps its random start whatever the file holds.
+    With FEWSHOT.RESET_PREDICTOR the box predictor keeps its random start whatever the file holds, in training alone:
+    an evaluation takes the file as it is.
 
     Raises: ValueError when the file fills nothing of the model.
     """
-    reset = cfg.FEWSHOT.RESET_PREDICTOR and not (resume and checkpointer.has_checkpoint())
+    reset = cfg.FEWSHOT.RESET_PREDICTOR and training and not (resume and checkpointer.has_checkpoint())
     predictor = checkpointer.model.roi_heads.box_predictor if reset else None
     fresh = {name: value.clone() for name, value in predictor.state_dict().items()} if predictor else None
     checkpointer.strict_heads = not reset
@@ -177,6 +182,9 @@ def run_protocol(cfg: CfgNode) -> Protocol:
     novel = fewshot.STAGE == "novel"
     manifest = check_manifest(sources.samples_of(fewshot.LAYOUT), fewshot.SEED) if novel else None
     weights = Path(cfg.MODEL.WEIGHTS)
+    # The base checkpoint itself where it is known: a `combine` file differs from draw to draw.
+    base = Path(fewshot.BASE_RUN) / "model_final.pth"
+    base = base if base.is_file() and base.parent == weights.parent else weights
     return Protocol(
         benchmark=fewshot.DATASET,
         test_set=test.name,
@@ -195,7 +203,7 @@ def run_protocol(cfg: CfgNode) -> Protocol:
         leak=fewshot.LEAK,
         difficult=fewshot.DIFFICULT,
         tta=bool(cfg.TEST.AUG.ENABLED),
-        base_model=sha256_of(weights)[:12] if novel and weights.is_file() else "",
+        base_model=sha256_of(base)[:12] if novel and base.is_file() else "",
         seed=fewshot.SEED,
         samples_digest=digest_of(sample_files(train, sources)) if novel else None,
     )
@@ -242,6 +250,7 @@ def run(
     model: str | None = None,
     resume: bool = False,
     eval_only: bool = False,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """Train and evaluate, or only evaluate, what a configuration describes.
 
@@ -251,17 +260,18 @@ def run(
         model: another network for the recipe, see `load_config`.
         resume: continue from the newest checkpoint in OUTPUT_DIR.
         eval_only: evaluate MODEL.WEIGHTS (with `resume`: the newest checkpoint).
+        quiet: keep log lines off the console.
     Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …}; empty on all but the main process.
     Raises: what `load_config` and `check_run` raise, before any work.
     """
-    cfg = prepare(load_config(config_file, opts, model=model))
+    cfg = prepare(load_config(config_file, opts, model=model), quiet=quiet)
     check_run(cfg, resume=resume, training=not eval_only)
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
     started = time.perf_counter()
     if eval_only:
         detector = build_detector(cfg)
         checkpointer = FewShotCheckpointer(detector, cfg.OUTPUT_DIR, metadata=metadata)
-        load_for_run(cfg, checkpointer, resume=resume)
+        load_for_run(cfg, checkpointer, resume=resume, training=False)
     else:
         trainer = Trainer(cfg, metadata=metadata)
         checkpointer, detector = trainer.checkpointer, trainer.checkpointer.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -53,9 +53,15 @@ def novel_opts(setting: str, shot: int, seed: int) -> list[str]:
     return ["FEWSHOT.SETTING", setting, "FEWSHOT.SHOT", str(shot), "FEWSHOT.SEED", str(seed)]
 
 
-def run_sweep(sweep: Sweep) -> list[Path]:
+def run_sweep(
+    sweep: Sweep, *, quiet: bool = False, on_result: Callable[[Path], None] = lambda path: None
+) -> list[Path]:
     """Do all runs; a failing novel run is reported at the end and does not stop the others.
 
+    Args:
+        sweep: what to run.
+        quiet: keep the runs' log lines off the console (they are in each run's log.txt).
+        on_result: called with each run's result.json, as soon as it is there.
     Returns: the result.json of every run, the base run's first.
     Raises: ValueError for a plan that cannot work, before any work; RuntimeError naming the runs that failed.
     """
@@ -64,11 +70,13 @@ def run_sweep(sweep: Sweep) -> list[Path]:
         raise ValueError("FEWSHOT.SURGERY combine needs --novel-only, the config of the novel-only predictor")
     results, failed = [], []
     if sweep.base:
-        results.append(finish(sweep.base, list(sweep.opts), sweep.model))
+        results.append(finish(sweep.base, list(sweep.opts), sweep.model, quiet=quiet))
+        on_result(results[-1])
     for file, opts, cfg in plan:
         try:
             prepare_weights(cfg, sweep)
-            results.append(finish(file, opts, sweep.model))
+            results.append(finish(file, opts, sweep.model, quiet=quiet))
+            on_result(results[-1])
         except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
             logger.exception("%s failed", cfg.OUTPUT_DIR)
             failed.append(f"{cfg.OUTPUT_DIR}: {error}")
@@ -80,7 +88,7 @@ def run_sweep(sweep: Sweep) -> list[Path]:
     return results
 
 
-def finish(config_file: str, opts: Sequence[str], model: str | None) -> Path:
+def finish(config_file: str, opts: Sequence[str], model: str | None, *, quiet: bool = False) -> Path:
     """Run (resuming what a kill left) unless the run has its result; returns the path of result.json.
 
     Raises: ValueError when a result of another configuration lies in the same folder.
@@ -95,7 +103,7 @@ def finish(config_file: str, opts: Sequence[str], model: str | None) -> Path:
             )
         logger.info("%s is finished: skipped", cfg.OUTPUT_DIR)
         return path
-    run(config_file, opts, model=model, resume=True)
+    run(config_file, opts, model=model, resume=True, quiet=quiet)
     return path
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .aggregate import paired_difference
-from .report_render import render_csv, render_json, render_markdown, render_text
+from .report_render import render_brief, render_csv, render_json, render_markdown, render_text
 from .report_rows import Row, check_seeds, group_runs, load_results, seed_list
 from .report_tables import (
     Comparison,
@@ -29,7 +29,7 @@ from .report_tables import (
 )
 from .result import RunResult
 
-FORMATS = ("text", "markdown", "html", "csv", "json")
+FORMATS = ("text", "brief", "markdown", "html", "csv", "json")
 # What a report shows when not asked for particular metrics: the field's headline numbers.
 HEADLINES = {"coco": ("nAP", "nAP50", "nAP75", "bAP", "AP"), "other": ("nAP50", "bAP50", "AP50")}
 
@@ -48,6 +48,7 @@ class Section:
         metrics: headline metrics.
         fields: protocol fields that make up a row's label.
         tables: in reading order.
+        headlines: how many of the first tables hold the headline numbers.
         notes: common protocol, seeds, remarks on versions.
         comparisons: of two methods, where asked for.
     """
@@ -57,6 +58,7 @@ class Section:
     metrics: tuple[str, ...]
     fields: tuple[str, ...]
     tables: tuple[Table, ...]
+    headlines: int
     notes: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
 
@@ -97,9 +99,14 @@ def write_report(
 
         text = render_html(sections)
     else:
-        text = {"text": render_text, "markdown": render_markdown, "csv": render_csv, "json": render_json}[style](
-            sections
-        )
+        renderers = {
+            "text": render_text,
+            "brief": render_brief,
+            "markdown": render_markdown,
+            "csv": render_csv,
+            "json": render_json,
+        }
+        text = renderers[style](sections)
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(text, encoding="utf-8")
@@ -148,8 +155,9 @@ def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[str]
         return row_label(row, fields)
 
     comparisons = tuple(_compare(rows, shown, compare)) if compare else ()
+    headlines = list(headline_tables(rows, shown, label))
     tables = [
-        *headline_tables(rows, shown, label),
+        *headlines,
         *([comparison_table(comparisons)] if comparisons else []),
         spread_table(rows, shown, label),
         *class_tables(rows, label),
@@ -158,7 +166,16 @@ def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[str]
     differing = protocol_table(rows, fields, label)
     if differing is not None:
         tables.append(differing)
-    return Section(_title(rows[0]), tuple(rows), shown, fields, tuple(tables), tuple(_notes(rows)), comparisons)
+    return Section(
+        title=_title(rows[0]),
+        rows=tuple(rows),
+        metrics=shown,
+        fields=fields,
+        tables=tuple(tables),
+        headlines=len(headlines),
+        notes=tuple(_notes(rows)),
+        comparisons=comparisons,
+    )
 
 
 def _title(row: Row) -> str:

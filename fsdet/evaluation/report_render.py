@@ -24,6 +24,15 @@ def render_text(sections: Sequence[Section]) -> str:
     return "\n".join(_section_lines(section, "simple", "{}\n" + "=" * 100, "{}\n" + "-" * 100) for section in sections)
 
 
+def render_brief(sections: Sequence[Section]) -> str:
+    """The headline tables alone, for the end of a run."""
+    parts = []
+    for section in sections:
+        for table in section.tables[: section.headlines]:
+            parts.append(f"{table.title}\n" + tabulate(table.rows, table.header, "simple", disable_numparse=True))
+    return "\n\n".join(parts) + "\n"
+
+
 def render_markdown(sections: Sequence[Section]) -> str:
     """Markdown for docs."""
     return "\n".join(_section_lines(section, "pipe", "## {}\n", "### {}\n") for section in sections)
