@@ -29,4 +29,4 @@ demo-short: setup
 	$(RUN) tools/demo.py --short
 
 clean:
-	rm -rf .venv .setup output
+	rm -rf .venv .setup

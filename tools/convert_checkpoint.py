@@ -2,7 +2,7 @@
 r"""Bring an official checkpoint (.pth, .pkl, .safetensors) to this project's names, as .pth or .safetensors.
 
     python tools/convert_checkpoint.py --table tfa --src official.pth --output ours.safetensors \
-        --config-file configs/tfa/voc_novel.yaml
+        --config-file configs/tfa/voc_cos.yaml
 
 With --config-file the model is built and every tensor on either side must find its partner.
 """

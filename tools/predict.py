@@ -2,7 +2,7 @@
 """Detect objects in images and folders with a finished run: drawn pictures and detections.json.
 
 Examples:
-    python tools/predict.py street.jpg --run output/tfa_cos/voc_split1/gfsod/5shot_seed0
+    python tools/predict.py street.jpg --run output/tfa_cos/r101_fpn/voc_split1/gfsod/5shot_seed0
     python tools/predict.py holiday/ more/cat.png --run RUN --threshold 0.3 --output output/holiday --device cpu
 """
 

@@ -3,7 +3,7 @@
 
 python tools/report.py output/                                  # everything below a folder, as text
 python tools/report.py output/ --format html --output report.html
-python tools/report.py output/ --compare tfa_cos ft_full        # paired by seed
+python tools/report.py output/ --compare tfa_cos frcn_ft_full   # paired by seed
 """
 
 import argparse

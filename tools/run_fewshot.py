@@ -16,35 +16,46 @@ from fsdet.engine.sweep import Sweep, run_sweep
 from fsdet.evaluation.report import write_report
 
 
+def split_overrides(words: list[str]) -> list[list[str]]:
+    """Move KEY VALUE pairs to the front: behind a list option such as --seeds they would be taken for its items."""
+    opts, rest = [], []
+    while words:
+        is_key = words[0][:1].isupper() and "." in words[0]
+        (opts if is_key else rest).extend(words[: 1 + is_key])
+        words = words[1 + is_key :]
+    return [[*opts, *rest]]
+
+
 def main() -> None:
     """Parse the command line, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="config file of the base stage; leave out when its checkpoint exists")
     parser.add_argument("--novel", nargs="+", required=True, help="config files of the novel stages")
     parser.add_argument("--novel-only", help="config file of the novel-only predictor, for FEWSHOT.SURGERY combine")
-    parser.add_argument("--shots", nargs="+", type=int, required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--shots", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--settings", nargs="+", choices=("gfsod", "fsod"), default=["gfsod"])
     parser.add_argument("--model", help="another network for all runs: a name of configs/base")
     parser.add_argument("--report", type=Path, help="also write the report as HTML to this file")
-    args, opts = parser.parse_known_args()
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of every run, anywhere on the line")
+    args = parser.parse_args(*split_overrides(sys.argv[1:]))
     sweep = Sweep(
         base=args.base,
         novel=tuple(args.novel),
-        shots=tuple(args.shots),
-        seeds=tuple(args.seeds),
+        shots=tuple(int(shot) for shot in args.shots),
+        seeds=tuple(int(seed) for seed in args.seeds),
         settings=tuple(args.settings),
         novel_only=args.novel_only,
         model=args.model,
-        opts=tuple(opts),
+        opts=tuple(args.opts),
     )
     try:
         results = run_sweep(sweep)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(write_report(results, style="brief", seeds=args.seeds))
+    print(write_report(results, style="brief", seeds=sweep.seeds))
     if args.report:
-        write_report(results, args.report, style="html", seeds=args.seeds)
+        write_report(results, args.report, style="html", seeds=sweep.seeds)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ from detectron2.evaluation import COCOEvaluator
 from safetensors.torch import load_file
 
 
-def write_base_json(source: Path, target: Path, novel: set[str]) -> None:
+def write_base_json(source: Path, target: Path, novel: set[str], *, train: bool) -> None:
     """Copy a COCO file without the novel classes; their objects stay in the pictures, unlabelled."""
     data = json.loads(source.read_text())
     data["categories"] = [c for c in data["categories"] if c["name"] not in novel]
     kept = {c["id"] for c in data["categories"]}
     data["annotations"] = [a for a in data["annotations"] if a["category_id"] in kept]
+    if train:
+        for annotation in data["annotations"]:  # VOC's difficult objects, which fsdet trains on, stand as crowds
+            annotation["iscrowd"] = 0
     target.write_text(json.dumps(data))
 
 
@@ -73,7 +76,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("train", "test"):
         target = args.output / f"{name}.json"
-        write_base_json(args.root / getattr(args, name), target, set(args.novel))
+        write_base_json(args.root / getattr(args, name), target, set(args.novel), train=name == "train")
         register_coco_instances(f"stock_{name}", {}, str(target), str(args.root / args.images))
     backbone = {f"backbone.bottom_up.{k}": v.float() for k, v in load_file(args.weights).items()}
     torch.save({"model": backbone}, args.output / "backbone.pth")

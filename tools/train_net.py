@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, e.g. FEWSHOT.SHOT 5")
     add_launch_arguments(parser)
     args = parser.parse_args()
+    if args.num_gpus == 0:
+        args.opts += ["MODEL.DEVICE", "cpu"]
     try:
         launch(run, args, (args.config_file, args.opts, args.model, args.resume, args.eval_only))
     except (FileNotFoundError, ValueError) as error:

@@ -45,10 +45,15 @@ def annotation_file(root: Path, part: str, given: Path | None = None) -> Path:
     Raises: FileNotFoundError naming the official places.
     """
     places = [given] if given else [root / place for place in LAYOUT[part]]
+    # 2014 lists and 2017 names cut COCO differently: both parts must come from the same layout, or training images
+    # would be tested on.
+    if not given and any((root / LAYOUT[other][0]).is_file() for other in LAYOUT):
+        places = places[:1]
     for place in places:
         if place.is_file():
             return place
-    what = f"COCO annotations of the {part} part" + ("" if given else f" (2014 lists; for 2017 names {places[1]})")
+    other = f" (2014 lists; for 2017 names {places[1]})" if len(places) > 1 else ""
+    what = f"COCO annotations of the {part} part{other}"
     raise missing_file(places[0], what, PREPARE, f"FEWSHOT.{part.upper()}_JSON" if given else "")
 
 

@@ -104,13 +104,16 @@ def crop_around(image: Image.Image, box: XYXY, *, margin: float = 0.25) -> Image
     Args:
         image: picture of any mode.
         box: (x0, y0, x1, y1) in its pixels.
-        margin: room on each side, as a fraction of the longer side of the box. What lies outside is grey.
+        margin: room on each side, as a fraction of the longer side of the box. At the border of the picture the crop
+            moves inwards; only where it is larger than the picture there is grey.
     """
-    side = max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin)
-    left, top = (box[0] + box[2] - side) / 2, (box[1] + box[3] - side) / 2
-    size = max(1, round(side))
+    size = max(1, round(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin)))
+    corner = []
+    for low, high, length in ((box[0], box[2], image.width), (box[1], box[3], image.height)):
+        start = round((low + high - size) / 2)
+        corner.append(min(max(start, 0), length - size) if size <= length else start)
     crop = Image.new("RGB", (size, size), EMPTY)
-    crop.paste(image.convert("RGB"), (-round(left), -round(top)))
+    crop.paste(image.convert("RGB"), (-corner[0], -corner[1]))
     return crop
 
 

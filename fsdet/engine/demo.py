@@ -18,7 +18,7 @@ from fsdet.engine.sweep import Sweep, run_sweep
 from fsdet.evaluation.report import write_report
 from fsdet.evaluation.result import read_result
 
-# What is left out and shortened in the two-minute form: one method and seed, a sixth of the base training.
+# The base training of the two-minute form.
 SHORT = ("SOLVER.MAX_ITER", "80", "SOLVER.STEPS", "(60,)")
 
 
@@ -42,7 +42,8 @@ def run_demo(configs: Path, output: Path, *, short: bool = False, say: Callable[
         novel=tuple(str(configs / "demo" / f"{name}.yaml") for name in methods),
         shots=(1, 5),
         seeds=(0,) if short else (0, 1, 2),
-        opts=("FEWSHOT.ROOT", str(data.root), "FEWSHOT.OUTPUT", str(output), *(SHORT if short else ())),
+        opts=("FEWSHOT.ROOT", str(data.root), "FEWSHOT.OUTPUT", str(output)),
+        base_opts=SHORT if short else (),
     )
     results = run_sweep(sweep, quiet=True, on_result=lambda path: say(f"     {describe(path, output)}"))
     say("3/4  Pictures: what the 5-shot detector finds on test pictures")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import launch as launch_gpus
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,35 @@ def _free_url() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
+def _reporting(faults: Any, main: Callable[..., Any], *args: Any) -> None:
+    """Call `main` in a started process; pass the text of a foreseen error on to the parent."""
+    try:
+        main(*args)
+    except UnicodeError:  # a ValueError, but a programming fault
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        faults.put(str(error))
+        raise
+
+
+def _in_processes(start: Callable[..., Any], main: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Call `start(function, arguments)`, which runs `main` in several processes, and fail as a single process would.
+
+    Raises: ValueError with the text of the first foreseen error of a process; SystemExit with the status of a process
+        that left by itself (an orderly stop); ProcessRaisedException with the traceback of any other error.
+    """
+    faults = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        start(_reporting, (faults, main, *args))
+    except ProcessRaisedException:
+        if faults.empty():
+            raise
+        raise ValueError(faults.get()) from None
+    except ProcessExitedException as stop:
+        code = stop.exit_code
+        raise SystemExit(code if code > 0 else 128 - code) from None  # a signal's number is negative here
+
+
 def launch(main: Callable[..., Any], options: argparse.Namespace, args: tuple[Any, ...]) -> Any:
     """Call `main(*args)` in as many processes as `options` asks for.
 
@@ -79,22 +109,27 @@ def launch(main: Callable[..., Any], options: argparse.Namespace, args: tuple[An
         main: picklable function; its result is returned only when a single process runs.
         options: what `add_launch_arguments` defines.
         args: its arguments.
+    Raises: ValueError for options that cannot work and for foreseen errors of started processes.
     """
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun
         return _run_joined(main, args, int(os.environ["LOCAL_WORLD_SIZE"]), init_method="env://")
-    wanted, present = options.num_gpus, torch.cuda.device_count()
+    wanted, machines, present = options.num_gpus, options.num_machines, torch.cuda.device_count()
     if wanted > present:
-        if present and options.num_machines > 1:
-            raise ValueError(f"--num-gpus {wanted}, but this machine has {present} GPUs")
-        logger.warning(
-            "--num-gpus %d, found %d: running on %s", wanted, present, f"{present} GPU" if present else "CPU"
-        )
+        if machines > 1:
+            raise ValueError(f"--num-gpus {wanted}, but this machine has {present}; every machine needs as many")
+        if present:  # without any, `on_this_machine` says so
+            logger.warning("--num-gpus %d, found %d: running on %d GPU", wanted, present, present)
         wanted = present
-    if wanted > 1 or (wanted == 1 and options.num_machines > 1):
-        url = options.dist_url
-        return launch_gpus(main, wanted, options.num_machines, options.machine_rank, url, args, TIMEOUT)
+    if machines > 1 and (wanted == 0 or options.dist_url == "auto"):
+        raise ValueError(
+            "Several machines need a GPU each, and --dist-url tcp://HOST:PORT of the first one; on the CPU start the "
+            "processes with torchrun"
+        )
+    if wanted > 1 or machines > 1:
+        where = (wanted, machines, options.machine_rank, options.dist_url)
+        return _in_processes(lambda call, rest: launch_gpus(call, *where, rest, TIMEOUT), main, args)
     if wanted == 0 and options.num_processes > 1:
-        processes = options.num_processes
-        torch.multiprocessing.spawn(_cpu_worker, (main, args, processes, _free_url()), nprocs=processes)
-        return None
+        count, url = options.num_processes, _free_url()
+        spawn = torch.multiprocessing.spawn
+        return _in_processes(lambda call, rest: spawn(_cpu_worker, (call, rest, count, url), nprocs=count), main, args)
     return main(*args)

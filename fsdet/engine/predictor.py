@@ -2,7 +2,7 @@
 
     from fsdet.engine.predictor import Predictor
 
-    predictor = Predictor.from_run("output/tfa_cos/voc_split1/gfsod/5shot_seed0")
+    predictor = Predictor.from_run("output/tfa_cos/r101_fpn/voc_split1/gfsod/5shot_seed0")
     detections = predictor("street.jpg")
     predictor.draw("street.jpg", detections).save("drawn.jpg")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -13,7 +14,15 @@ from fsdet.checkpoint.predictor import predictor_classes
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.data.catalog import check_sources
 from fsdet.data.mapper import ImageError
-from fsdet.engine.setup import config_classes, dataset_sources, dataset_specs, stage_subset
+from fsdet.data.records import Record
+from fsdet.engine.setup import (
+    config_classes,
+    dataset_sources,
+    dataset_specs,
+    run_classes,
+    stage_subset,
+    surgered_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +38,41 @@ def check_run(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> N
     """
     train, test = dataset_specs(cfg)
     sources = dataset_sources(cfg)
+    own = cfg.FEWSHOT.LAYOUT == "custom"
     check_sources(test, sources)
     if training:
         check_sources(train, sources)
-        if train.shot or cfg.FEWSHOT.LAYOUT == "custom":
-            check_pictures(cfg.DATASETS.TRAIN[0])
+    if own:
+        check_pictures(test.name, DatasetCatalog.get(test.name))
+    if training and (own or train.shot):
+        records = DatasetCatalog.get(train.name)
+        check_labels(cfg, records)
+        check_pictures(train.name, records)
     if not (resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists()):
-        check_weights(cfg)
+        check_weights(cfg, training=training)
 
 
-def check_pictures(dataset_name: str) -> None:
-    """Decode every picture of a small or own training set, so that a broken one surfaces now.
+def check_labels(cfg: CfgNode, records: list[Record]) -> None:
+    """At least one training image shows a labelled object.
+
+    Raises: ValueError naming the annotation file and what may have emptied it.
+    """
+    if any(not a.get("iscrowd", 0) for record in records for a in record["annotations"]):
+        return
+    train, _ = dataset_specs(cfg)
+    source = dataset_sources(cfg).json_of("train") or train.name
+    cause = "check its annotations and FEWSHOT.NOVEL_CLASSES"
+    if train.removes_leak and train.leak == "drop":
+        cause = 'FEWSHOT.LEAK drop takes away every image that shows a novel object; use "ignore" or "background"'
+    raise ValueError(f"{source}: no image with an object of the {train.subset} classes is left for training; {cause}")
+
+
+def check_pictures(dataset_name: str, records: list[Record]) -> None:
+    """Decode every picture of a small or own set, so that a broken one surfaces now.
 
     Raises: ImageError naming all broken files.
     """
-    files = sorted({record["file_name"] for record in DatasetCatalog.get(dataset_name)})
+    files = sorted({record["file_name"] for record in records})
     broken = []
     for file_name in files:
         try:
@@ -58,42 +87,63 @@ def check_pictures(dataset_name: str) -> None:
         )
 
 
-def surgery_command(cfg: CfgNode) -> str:
-    """The command that makes MODEL.WEIGHTS of a novel stage from its base run."""
+def surgery_command(cfg: CfgNode, source: str, output: str) -> str:
+    """The command that makes the weights of a novel stage, `output`, from a base checkpoint."""
     fewshot = cfg.FEWSHOT
-    split = {"voc": f"voc{fewshot.SPLIT}", "coco": "coco"}.get(fewshot.LAYOUT)
-    names = f"--split {split}" if split else "--target-classes NAMES"
-    return (
-        f"python tools/surgery.py {fewshot.SURGERY} --src {fewshot.BASE_RUN}/model_final.pth {names} "
-        f"--output {cfg.MODEL.WEIGHTS}"
-    )
+    words = ["python tools/surgery.py", fewshot.SURGERY, "--src", source]
+    if fewshot.SURGERY == "combine":
+        words += ["--novel-src", "NOVEL_ONLY_RUN/model_final.pth"]
+    if fewshot.SURGERY != "remove":
+        split = {"voc": f"voc{fewshot.SPLIT}", "coco": "coco"}.get(fewshot.LAYOUT)
+        names = shlex.quote(",".join(run_classes(cfg)))
+        words += ["--split", split] if split else ["--target-classes", names]
+    return " ".join([*words, "--output", output])
 
 
-def check_weights(cfg: CfgNode) -> None:
-    """MODEL.WEIGHTS exists and, for a novel stage, has the predictor that the stage expects.
+def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
+    """MODEL.WEIGHTS exists and, if it is a detector, has the classes of this run.
 
-    Raises: FileNotFoundError, ValueError with the command that mends it.
+    Args:
+        cfg: resolved configuration.
+        training: False asks for a complete detector, since nothing will train what is missing.
+    Raises: FileNotFoundError, ValueError with the remedy.
     """
-    weights = cfg.MODEL.WEIGHTS
+    weights, novel = cfg.MODEL.WEIGHTS, cfg.FEWSHOT.STAGE == "novel"
+    trained = "Set MODEL.WEIGHTS to the model_final.pth of a finished run"
+    if not weights and not training:
+        raise ValueError(f"There are no weights to evaluate. {trained}, or add --resume to take the newest of this one")
     if not weights or "://" in weights:  # random start, or a hub name that Detectron2 resolves
         return
-    novel = cfg.FEWSHOT.STAGE == "novel"
     if not Path(weights).is_file():
+        command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/model_final.pth", weights)
         remedy = (
-            f"train the base stage first, then run\n  {surgery_command(cfg)}\nor set MODEL.WEIGHTS"
+            f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
             if novel
             else "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
         )
         raise FileNotFoundError(f"{weights}: no such weights file; {remedy}")
-    if not novel or cfg.FEWSHOT.RESET_PREDICTOR:
+    if cfg.FEWSHOT.RESET_PREDICTOR and training:
         return
-    have, want = predictor_classes(load_weights(weights)["model"]), cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if have is None or have == want:
-        return
-    base = len(config_classes(cfg).base)
-    cause = "it is a base model that has had no surgery" if have == base else "it belongs to another class list"
-    raise ValueError(
-        f"{weights} predicts {have} classes, but this {cfg.FEWSHOT.SETTING} run has {want} ({stage_subset(cfg)} "
-        f"classes): {cause}. Run\n  {surgery_command(cfg)}\nor start with a fresh predictor: "
-        "FEWSHOT.RESET_PREDICTOR True"
+    have = predictor_classes(load_weights(weights)["model"])
+    if have is None and not training:
+        raise ValueError(f"{weights} is no complete detector: it has no box predictor to evaluate. {trained}")
+    if have not in (None, cfg.MODEL.ROI_HEADS.NUM_CLASSES):
+        raise ValueError(_wrong_classes(cfg, have, training))
+
+
+def _wrong_classes(cfg: CfgNode, have: int, training: bool) -> str:
+    """Message for a checkpoint whose predictor has `have` classes instead of those of this run."""
+    fewshot, novel = cfg.FEWSHOT, cfg.FEWSHOT.STAGE == "novel"
+    unfitted = novel and have == len(config_classes(cfg).base)
+    cause = "it is a base model that has had no surgery" if unfitted else "it belongs to another class list"
+    remedy = "start with a fresh predictor: FEWSHOT.RESET_PREDICTOR True"
+    if not training:
+        remedy = "evaluate it with the config.yaml of the run that trained it"
+    if novel:
+        source = cfg.MODEL.WEIGHTS if unfitted else f"{fewshot.BASE_RUN}/model_final.pth"
+        command = surgery_command(cfg, source, surgered_weights(cfg))
+        remedy = f"run\n  {command}\nand set MODEL.WEIGHTS to its output, or {remedy}"
+    return (
+        f"{cfg.MODEL.WEIGHTS} predicts {have} classes, but this {fewshot.SETTING if novel else 'base'} run has "
+        f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES} ({stage_subset(cfg)} classes): {cause}. Remedy: {remedy}"
     )

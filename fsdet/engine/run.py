@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -21,36 +22,16 @@ from torch import nn
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.predictor import predictor_classes, recorded_classes
-from fsdet.checkpoint.safe_io import load_weights, save_text_atomic, sha256_of
-from fsdet.data.catalog import sample_files
+from fsdet.checkpoint.safe_io import load_weights, save_text_atomic
 from fsdet.data.loader import build_test_loader
 from fsdet.data.mapper import FewShotMapper
-from fsdet.data.seeds import check_manifest, digest_of
 from fsdet.data.support import SupportSet
 from fsdet.engine.preflight import check_run
-from fsdet.engine.setup import (
-    config_classes,
-    dataset_sources,
-    dataset_specs,
-    load_config,
-    on_this_machine,
-    register_datasets,
-    run_classes,
-)
+from fsdet.engine.record import Cost, base_model_digest, evaluated_base_model, record_result
+from fsdet.engine.setup import config_classes, load_config, on_this_machine, register_datasets, run_classes
 from fsdet.engine.trainer import Trainer, autocast, build_detector
 from fsdet.evaluation.diagnosis import diagnose, is_novel_zero, proposal_recall
 from fsdet.evaluation.evaluator import FewShotEvaluator, build_evaluator
-from fsdet.evaluation.result import (
-    RUN_KEYS,
-    Protocol,
-    RunResult,
-    collect_versions,
-    config_digest,
-    git_commit,
-    peak_memory_mib,
-    split_metrics,
-    write_result,
-)
 from fsdet.modeling.base import condition_on_support
 from fsdet.modeling.freeze import trainable_prefixes
 
@@ -73,7 +54,7 @@ def start_logging(output_dir: str, *, quiet: bool = False) -> None:
 
 
 def prepare(cfg: CfgNode, *, quiet: bool = False) -> CfgNode:
-    """Make OUTPUT_DIR with config.yaml and classes.json, register the data, seed; returns the config to run."""
+    """Make OUTPUT_DIR with config.yaml and classes.json, start the log, seed; returns the config to run."""
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         output.mkdir(parents=True, exist_ok=True)
@@ -83,9 +64,9 @@ def prepare(cfg: CfgNode, *, quiet: bool = False) -> CfgNode:
         save_text_atomic(json.dumps({**listed, "detector": run_classes(cfg)}, indent=1), output / "classes.json")
     comm.synchronize()
     start_logging(cfg.OUTPUT_DIR, quiet=quiet)
-    register_datasets(cfg)
     if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED)
+        # As Detectron2 does: FEWSHOT.CHOICE official then chooses other instances on every process, as it always did.
+        seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return on_this_machine(cfg)
 
@@ -105,13 +86,37 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if predictor is not None:
         predictor.load_state_dict(fresh)
-    report = checkpointer.report
-    if report is not None and not report.matched:
-        raise ValueError(
-            f"{cfg.MODEL.WEIGHTS}: none of its tensors has a name of this model ({report.describe()}). Convert it with "
-            "tools/convert_checkpoint.py, or use the configuration that it was trained with."
-        )
+    check_match(cfg, checkpointer)
     return int(state.get("iteration", -1)) + 1 if resume and checkpointer.has_checkpoint() else 0
+
+
+def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
+    """Refuse weights that fill too little of the model to train or evaluate on.
+
+    A novel stage needs everything but the box predictor; a base stage a whole pretrained backbone.
+
+    Raises: ValueError naming what is not filled.
+    """
+    report = checkpointer.report
+    if report is None:
+        return
+    remedy = "Convert the file with tools/convert_checkpoint.py, or use the configuration that it was trained with."
+    if not report.matched:
+        raise ValueError(f"{cfg.MODEL.WEIGHTS}: none of its tensors has a name of this model. {remedy}")
+    unfilled = [*report.missing, *(name for name, _, _ in report.mismatched)]
+    parameters = dict(checkpointer.model.named_parameters())
+    bottom_up = "backbone.bottom_up." if any("bottom_up" in name for name in parameters) else "backbone."
+    needed = [
+        name
+        for name in unfilled
+        if name in parameters
+        and (name.startswith(bottom_up) if cfg.FEWSHOT.STAGE == "base" else "box_predictor." not in name)
+    ]
+    if needed:
+        raise ValueError(
+            f"{cfg.MODEL.WEIGHTS} fills the model only in part: {len(needed)} tensors would start at random, "
+            f"{', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}. {remedy}"
+        )
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotEvaluator]:
@@ -160,90 +165,6 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
     ).text()
 
 
-def backbone_label(cfg: CfgNode) -> str:
-    """Short name of the backbone, e.g. "R50-FPN" or "tf_efficientnet_lite0-FPN"."""
-    name = cfg.MODEL.BACKBONE.NAME.lower()
-    body = cfg.MODEL.TIMM.NAME if "timm" in name else f"R{cfg.MODEL.RESNETS.DEPTH}"
-    return f"{body}-{'FPN' if 'fpn' in name else 'C4'}"
-
-
-def style_label(cfg: CfgNode) -> str:
-    """Name of the evaluation, e.g. "coco" or "voc-11point"."""
-    if cfg.TEST.STYLE == "coco":
-        return "coco"
-    return "voc-11point" if cfg.TEST.VOC_11_POINT else "voc-area"
-
-
-def run_protocol(cfg: CfgNode) -> Protocol:
-    """What this run's numbers stand for."""
-    fewshot = cfg.FEWSHOT
-    train, test = dataset_specs(cfg)
-    sources = dataset_sources(cfg)
-    novel = fewshot.STAGE == "novel"
-    manifest = check_manifest(sources.samples_of(fewshot.LAYOUT), fewshot.SEED) if novel else None
-    weights = Path(cfg.MODEL.WEIGHTS)
-    # The base checkpoint itself where it is known: a `combine` file differs from draw to draw.
-    base = Path(fewshot.BASE_RUN) / "model_final.pth"
-    base = base if base.is_file() and base.parent == weights.parent else weights
-    return Protocol(
-        benchmark=fewshot.DATASET,
-        test_set=test.name,
-        test_images=len(DatasetCatalog.get(test.name)),
-        split=fewshot.SPLIT if fewshot.LAYOUT == "voc" else 1,
-        setting=fewshot.SETTING,
-        stage=fewshot.STAGE,
-        method=fewshot.METHOD,
-        shot=fewshot.SHOT,
-        evaluation=style_label(cfg),
-        backbone=backbone_label(cfg),
-        pretraining="" if novel else weights.name,
-        sampling=(manifest["algorithm"] if manifest else "official") if novel else "none",
-        choice=fewshot.CHOICE,
-        records=fewshot.RECORDS,
-        leak=fewshot.LEAK,
-        difficult=fewshot.DIFFICULT,
-        tta=bool(cfg.TEST.AUG.ENABLED),
-        base_model=sha256_of(base)[:12] if novel and base.is_file() else "",
-        seed=fewshot.SEED,
-        samples_digest=digest_of(sample_files(train, sources)) if novel else None,
-    )
-
-
-def result_digest(cfg: CfgNode) -> str:
-    """Digest of the recipe behind a result: the configuration without folders, device and draw."""
-    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT"))
-
-
-def record_result(
-    cfg: CfgNode, metrics: dict[str, float], *, seconds: dict[str, float], iterations: int, notes: dict[str, str]
-) -> Path:
-    """Write OUTPUT_DIR/result.json and return its path."""
-    overall, per_class = split_metrics(metrics)
-    classes, detected = config_classes(cfg), run_classes(cfg)
-    result = RunResult(
-        protocol=run_protocol(cfg),
-        classes={
-            "base": tuple(name for name in detected if name in classes.base),
-            "novel": tuple(name for name in detected if name in classes.novel),
-        },
-        metrics=overall,
-        per_class=per_class,
-        config_digest=result_digest(cfg),
-        versions=collect_versions(cfg.MODEL.DEVICE),
-        seconds=seconds,
-        peak_memory_mib=peak_memory_mib(),
-        train_images=len({record["file_name"] for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}),
-        iterations=iterations,
-        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
-        git_commit=git_commit(),
-        notes=notes,
-    )
-    path = Path(cfg.OUTPUT_DIR) / "result.json"
-    write_result(path, result)
-    logger.info("Wrote %s", path)
-    return path
-
-
 def run(
     config_file: str,
     opts: Sequence[str] = (),
@@ -264,27 +185,55 @@ def run(
     Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …}; empty on all but the main process.
     Raises: what `load_config` and `check_run` raise, before any work.
     """
-    cfg = prepare(load_config(config_file, opts, model=model), quiet=quiet)
+    cfg = load_config(config_file, opts, model=model)
+    register_datasets(cfg)
     check_run(cfg, resume=resume, training=not eval_only)
+    cfg = prepare(cfg, quiet=quiet)
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
-    started = time.perf_counter()
     if eval_only:
         detector = build_detector(cfg)
         checkpointer = FewShotCheckpointer(detector, cfg.OUTPUT_DIR, metadata=metadata)
         load_for_run(cfg, checkpointer, resume=resume, training=False)
+        measured, cost = Evaluation(cfg, detector), Cost()
+        measured()
     else:
+        metadata["base_model"] = base_model_digest(cfg)
         trainer = Trainer(cfg, metadata=metadata)
         checkpointer, detector = trainer.checkpointer, trainer.checkpointer.model
         trainer.start_iter = load_for_run(cfg, checkpointer, resume=resume)
+        trainer.evaluate = measured = Evaluation(cfg, detector)
         trainer.train()
-    trained = time.perf_counter()
-    metrics, evaluator = evaluate(cfg, detector)
+        cost = Cost(trainer.seconds, trainer.max_iter)
     if not comm.is_main_process():
         return {}
     notes = {}
-    if is_novel_zero(metrics):
-        notes["novel AP is 0"] = explain_zero(cfg, detector, checkpointer, evaluator)
+    if is_novel_zero(measured.metrics):
+        notes["novel AP is 0"] = explain_zero(cfg, detector, checkpointer, measured.evaluator)
         logger.warning("Novel AP is 0\n%s", notes["novel AP is 0"])
-    seconds = {"train": 0.0 if eval_only else trained - started, "eval": time.perf_counter() - trained}
-    record_result(cfg, metrics, seconds=seconds, iterations=0 if eval_only else cfg.SOLVER.MAX_ITER, notes=notes)
-    return metrics
+    trained_from = evaluated_base_model(cfg, checkpointer) if eval_only else metadata["base_model"]
+    record_result(cfg, measured.metrics, cost=cost, eval_seconds=measured.seconds, base_model=trained_from, notes=notes)
+    return measured.metrics
+
+
+class Evaluation:
+    """Evaluates a detector when called, as a training hook or by itself, and keeps the last outcome.
+
+    Attributes:
+        metrics: in percent; empty on all but the main process.
+        evaluator: with the detections behind them.
+        seconds: that the last evaluation took.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        self.cfg, self.model = cfg, model
+        self.metrics: dict[str, float] = {}
+        self.evaluator: FewShotEvaluator | None = None
+        self.seconds = 0.0
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        """Metrics that have a value, as Detectron2's evaluation hook wants them."""
+        started = time.perf_counter()
+        self.metrics, self.evaluator = evaluate(self.cfg, self.model)
+        self.seconds = time.perf_counter() - started
+        finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        return {"bbox": finite} if finite else {}

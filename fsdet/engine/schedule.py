@@ -30,14 +30,20 @@ def find_row(rows: Sequence[Sequence[Any]], *, split: int, setting: str, shot: i
     return None
 
 
-def apply_schedule(cfg: CfgNode, opts: Sequence[str]) -> None:
+def apply_schedule(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
     """Set BASE_LR, MAX_ITER, STEPS and WARMUP_ITERS from the table and the batch size, then from the command line.
 
     The table states a recipe for `SOLVER.REFERENCE_IMS_PER_BATCH` images per step. With another IMS_PER_BATCH the
     learning rate scales in proportion and every count of iterations inversely, so that the images seen stay the same
     (Goyal et al. 2017, section 2.1). STEPS come last: they keep their fraction of whatever MAX_ITER ends up as.
+
+    Args:
+        cfg: files and command line, merged; changed in place.
+        opts: the command line, KEY VALUE pairs.
+        recipe: SOLVER as the files alone have it, which the fractions refer to.
     """
     solver = cfg.SOLVER
+    steps, length = recipe.STEPS, recipe.MAX_ITER
     if cfg.FEWSHOT.STAGE == "novel":
         row = find_row(
             cfg.FEWSHOT.SCHEDULE, split=cfg.FEWSHOT.SPLIT, setting=cfg.FEWSHOT.SETTING, shot=cfg.FEWSHOT.SHOT
@@ -49,7 +55,7 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str]) -> None:
                 int(row[5]),
                 int(row[6]),
             )
-    fractions = [step / solver.MAX_ITER for step in solver.STEPS]
+            steps, length = solver.STEPS, solver.MAX_ITER
     if solver.REFERENCE_IMS_PER_BATCH:
         scale = solver.IMS_PER_BATCH / solver.REFERENCE_IMS_PER_BATCH
         solver.BASE_LR *= scale
@@ -60,4 +66,13 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str]) -> None:
     given = dict(zip(opts[::2], opts[1::2], strict=True))
     cfg.merge_from_list([word for pair in given.items() for word in pair])
     if "SOLVER.STEPS" not in given:
-        solver.STEPS = tuple(round(fraction * solver.MAX_ITER) for fraction in fractions)
+        solver.STEPS = _stretched(steps, length, solver.MAX_ITER)
+
+
+def _stretched(steps: Sequence[int], length: int, new_length: int) -> tuple[int, ...]:
+    """Decay steps of a schedule of `length` iterations, moved to the same fractions of `new_length`.
+
+    Rounding never moves one to the end, where it would change nothing.
+    """
+    moved = {(min(round(s / length * new_length), new_length - 1) if s < length else new_length) for s in steps}
+    return tuple(sorted(moved - {0}))

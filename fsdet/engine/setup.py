@@ -52,13 +52,16 @@ def add_fewshot_config(cfg: CfgNode) -> None:
         "instance"  # K-shot record: instance (TFA) | image (instances of one image merged; DeFRCN on COCO)
     )
     fewshot.CHOICE = "seeded"  # which K of a longer list: seeded by (split, seed, class) | official (unseeded)
-    fewshot.LEAK = "background"  # unlabelled novel objects in base images: background | drop (image) | ignore (region)
+    # Unlabelled novel objects in base images: background | drop (image) | ignore (region). A novel stage only names
+    # the policy of its base run.
+    fewshot.LEAK = "background"
     fewshot.DIFFICULT = True  # train on VOC's difficult objects, as the official loader does
     fewshot.OUTPUT = "output"  # folder that run folders are derived below
     # The base run that a novel stage starts from: its folder and the surgered file in it.
     fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
     fewshot.BASE_RUN = ""  # folder; "" = derived from BASE_METHOD, data set and split
     fewshot.SURGERY = "randinit"  # randinit | remove | combine: which surgered file MODEL.WEIGHTS defaults to
+    # (always remove where the detector has the novel classes alone: fsod)
     fewshot.RESET_PREDICTOR = False  # drop the checkpoint's predictor: start from any plain Detectron2 checkpoint
     # Rows [split, setting, shot, base LR, decay steps, iterations, warm-up]; "*" matches all; the first match wins.
     fewshot.SCHEDULE = []
@@ -143,13 +146,14 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
         weights, stage = cfg.MODEL.WEIGHTS, cfg.FEWSHOT.STAGE
         _merge_file(cfg, model_file(config_file, model))
         cfg.MODEL.WEIGHTS = weights if stage == "novel" else cfg.MODEL.WEIGHTS
+    recipe = cfg.SOLVER.clone()
     if cfg.FEWSHOT.RESOLVED:
         resolved = cfg.FEWSHOT.clone()
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
         _refuse_changed_protocol(config_file, resolved, cfg.FEWSHOT)
     else:
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
-        derive(cfg, opts)
+        derive(cfg, opts, recipe)
     validate(cfg)
     cfg.freeze()
     return cfg
@@ -234,7 +238,8 @@ def register_datasets(cfg: CfgNode) -> None:
 def data_label(cfg: CfgNode) -> str:
     """Folder name of the data: the data set, with its class split where it has several."""
     split = f"_split{cfg.FEWSHOT.SPLIT}" if cfg.FEWSHOT.LAYOUT == "voc" else ""
-    return f"{cfg.FEWSHOT.DATASET}{split}"
+    leak = f"_leak-{cfg.FEWSHOT.LEAK}" if cfg.FEWSHOT.LEAK != "background" else ""
+    return f"{cfg.FEWSHOT.DATASET}{split}{leak}"
 
 
 def run_family(cfg: CfgNode, method: str) -> str:
@@ -242,8 +247,14 @@ def run_family(cfg: CfgNode, method: str) -> str:
     return "/".join(part for part in (method, cfg.FEWSHOT.MODEL, data_label(cfg)) if part)
 
 
-def derive(cfg: CfgNode, opts: Sequence[str]) -> None:
-    """Fill in what follows from stage, setting, split, shot and seed; the command line has the last word."""
+def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
+    """Fill in what follows from stage, setting, split, shot and seed; the command line has the last word.
+
+    Args:
+        cfg: files and command line, merged; changed in place.
+        opts: the command line, KEY VALUE pairs.
+        recipe: SOLVER as the files alone have it.
+    """
     fewshot = cfg.FEWSHOT
     validate(cfg, only_protocol=True)
     train, test = dataset_specs(cfg)
@@ -251,6 +262,8 @@ def derive(cfg: CfgNode, opts: Sequence[str]) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(run_classes(cfg))
     fewshot.BASE_METHOD = fewshot.BASE_METHOD or fewshot.METHOD
     fewshot.BASE_RUN = fewshot.BASE_RUN or f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.BASE_METHOD)}/base"
+    if stage_subset(cfg) == "novel":
+        fewshot.SURGERY = "remove"  # randinit and combine keep the base rows, which this detector does not have
     if fewshot.STAGE == "novel":
         run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
         cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
@@ -258,7 +271,7 @@ def derive(cfg: CfgNode, opts: Sequence[str]) -> None:
         run = "base"
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
-    apply_schedule(cfg, opts)
+    apply_schedule(cfg, opts, recipe)
     fewshot.RESOLVED = True
 
 

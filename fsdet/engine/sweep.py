@@ -11,7 +11,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from fsdet.checkpoint.surgery import surgery_file
-from fsdet.engine.run import result_digest, run
+from fsdet.engine.record import RESULT_FILE, result_digest
+from fsdet.engine.run import run
 from fsdet.engine.setup import config_classes, load_config, run_classes
 from fsdet.evaluation.result import read_result
 
@@ -31,6 +32,7 @@ class Sweep:
         novel_only: config file of the novel-only predictor that a `combine` surgery takes its novel rows from.
         model: network that replaces the configs' own, see `load_config`.
         opts: KEY VALUE overrides of every run.
+        base_opts: further overrides of the base run.
     """
 
     base: str | None
@@ -41,6 +43,7 @@ class Sweep:
     novel_only: str | None = None
     model: str | None = None
     opts: tuple[str, ...] = ()
+    base_opts: tuple[str, ...] = ()
 
     def novel_runs(self) -> Iterator[tuple[str, list[str]]]:
         """(config file, overrides) of every novel run; seeds vary fastest."""
@@ -70,7 +73,7 @@ def run_sweep(
         raise ValueError("FEWSHOT.SURGERY combine needs --novel-only, the config of the novel-only predictor")
     results, failed = [], []
     if sweep.base:
-        results.append(finish(sweep.base, list(sweep.opts), sweep.model, quiet=quiet))
+        results.append(finish(sweep.base, [*sweep.opts, *sweep.base_opts], sweep.model, quiet=quiet))
         on_result(results[-1])
     for file, opts, cfg in plan:
         try:
@@ -94,7 +97,7 @@ def finish(config_file: str, opts: Sequence[str], model: str | None, *, quiet: b
     Raises: ValueError when a result of another configuration lies in the same folder.
     """
     cfg = load_config(config_file, opts, model=model)
-    path = Path(cfg.OUTPUT_DIR) / "result.json"
+    path = Path(cfg.OUTPUT_DIR) / RESULT_FILE
     if path.exists():
         if read_result(path).config_digest != result_digest(cfg):
             raise ValueError(

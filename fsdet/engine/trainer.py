@@ -81,6 +81,13 @@ class Trainer(TrainerBase):
         """
         super().__init__()
         self.cfg = cfg
+        pieces = comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS
+        if cfg.SOLVER.IMS_PER_BATCH % pieces:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of {pieces} = processes x "
+                "SOLVER.ACCUMULATION_STEPS: every pass needs as many images"
+            )
+        self.seconds = 0.0  # spent in training, over all resumed parts
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         model = build_detector(cfg)
         self.optimizer = build_optimizer(cfg, model)
@@ -105,7 +112,7 @@ class Trainer(TrainerBase):
         )
 
     def train(self) -> None:  # type: ignore[override]
-        """Train from `start_iter` to MAX_ITER, then evaluate if `evaluate` is set.
+        """Train from `start_iter` to MAX_ITER; `evaluate`, if set, is called every TEST.EVAL_PERIOD and at the end.
 
         Raises: FloatingPointError on every process when a loss is not finite; StoppedBySignal after SIGTERM or SIGINT,
             with a checkpoint saved.
@@ -121,6 +128,7 @@ class Trainer(TrainerBase):
             )
             self._batches = iter(loader)
         self.model.train()
+        self._started = time.perf_counter() - self.seconds
         super().train(self.start_iter, self.max_iter)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
@@ -153,6 +161,7 @@ class Trainer(TrainerBase):
         self._check_and_log(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        self.seconds = time.perf_counter() - self._started
 
     def _forward_backward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss over the pieces; returns that mean, per loss."""
@@ -210,6 +219,7 @@ class Trainer(TrainerBase):
         return {
             "iteration": self.iter,
             "seed": self.seed,
+            "seconds": self.seconds,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
@@ -217,7 +227,7 @@ class Trainer(TrainerBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore seed, optimizer and schedule."""
-        self.iter, self.seed = state_dict["iteration"], state_dict["seed"]
+        self.iter, self.seed, self.seconds = (state_dict[key] for key in ("iteration", "seed", "seconds"))
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -45,8 +45,10 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
         faults.append("FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON and FEWSHOT.TRAIN_IMAGES")
     if fewshot.LAYOUT != "custom" and fewshot.NOVEL_CLASSES:
         faults.append("FEWSHOT.NOVEL_CLASSES is for FEWSHOT.LAYOUT custom; voc and coco have fixed splits")
-    if fewshot.LEAK != "background" and fewshot.STAGE == "novel":
-        faults.append(f"FEWSHOT.LEAK {fewshot.LEAK} concerns base training; the novel stage has no such images")
+    if fewshot.LAYOUT == "voc" and (fewshot.TRAIN_JSON or fewshot.TEST_JSON):
+        faults.append("FEWSHOT.TRAIN_JSON and TEST_JSON are for FEWSHOT.LAYOUT coco and custom; voc reads XML files")
+    if fewshot.LAYOUT != "voc" and fewshot.SPLIT != 1:
+        faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}, but only FEWSHOT.LAYOUT voc has several class splits")
     faults += [
         f'{item}: expected "folder:image set"' for item in (*fewshot.VOC_TRAIN, *fewshot.VOC_TEST) if ":" not in item
     ]
@@ -66,8 +68,12 @@ def _solver_faults(cfg: CfgNode) -> list[str]:
         )
     if list(solver.STEPS) != sorted(solver.STEPS):
         faults.append(f"SOLVER.STEPS {tuple(solver.STEPS)} must grow")
+    if any(step >= solver.MAX_ITER for step in solver.STEPS):
+        faults.append(f"SOLVER.STEPS {tuple(solver.STEPS)} must lie below SOLVER.MAX_ITER {solver.MAX_ITER}")
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         faults.append("MODEL.MASK_ON and MODEL.KEYPOINT_ON must be False: this suite detects boxes")
+    if cfg.TEST.AUG.ENABLED:
+        faults.append("TEST.AUG.ENABLED: there is no test-time augmentation here; set it to False")
     if cfg.DATALOADER.NUM_WORKERS < 0:
         faults.append(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; 0 loads in the main process")
     return faults

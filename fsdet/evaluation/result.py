@@ -57,7 +57,8 @@ class Protocol:
         evaluation: style, e.g. "coco", "voc-11point", "voc-area".
         backbone: e.g. "R50-FPN".
         pretraining: where the backbone's weights come from.
-        sampling: how the K-shot lists were drawn: "official", "legacy", "strict", or "none".
+        sampling: how the K-shot lists were drawn: "legacy", "strict", "unrecorded" (lists without a
+            manifest, as the official ones), or "none".
         choice: which K of a longer list are taken: "seeded" or "official".
         records: K-shot record, "instance" or "image".
         leak: unlabelled novel objects in base images: "background", "drop" or "ignore".

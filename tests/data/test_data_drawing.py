@@ -104,14 +104,18 @@ def test_the_picture_may_have_any_mode():
         assert drawn.mode == "RGB" and tuple(np.asarray(drawn)[60, 50]) == (250, 200, 0)
 
 
-def test_crop_around_is_square_and_grey_outside():
+def test_crop_around_is_square_and_stays_inside_where_it_can():
     image = plain(100, 80, (10, 200, 30))
-    crop = crop_around(image, (0, 30, 20, 70), margin=0.25)
-    assert crop.size == (60, 60)
-    pixels = np.asarray(crop)
-    assert tuple(pixels[30, 10]) == drawing.EMPTY, "left of the picture"
-    assert tuple(pixels[30, 30]) == (10, 200, 30)
+    image.putpixel((0, 30), (255, 0, 0))
+    crop = np.asarray(crop_around(image, (0, 30, 20, 70), margin=0.25))
+    assert crop.shape == (60, 60, 3), "40 pixels and a quarter of them on each side"
+    assert tuple(crop[10, 0]) == (255, 0, 0), "moved inwards: x from 0 to 60, y from 20 to 80"
+    assert not (crop == drawing.EMPTY).all(axis=2).any()
     assert crop_around(image, (40, 30, 60, 50), margin=0).size == (20, 20)
+    larger = np.asarray(crop_around(image, (10, 0, 90, 80), margin=0.125))
+    assert larger.shape == (100, 100, 3)
+    assert (larger[:10] == drawing.EMPTY).all() and (larger[-10:] == drawing.EMPTY).all()
+    assert not (larger[10:90] == drawing.EMPTY).all(axis=2).any()
 
 
 def test_contact_sheet_shows_every_picture_above_its_caption():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.data.seeds import write_coco_shots
 
@@ -17,6 +18,25 @@ COLOURS = ((0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255))
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def hidden_gpu(request, monkeypatch):
+    """Tests without the marker `gpu` test the CPU, on every machine and in every process that they start."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def clean_catalogs():
+    """Forget what a test registers."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
+        for name in set(catalog) - names:
+            catalog.pop(name)
 
 
 def draw_set(folder, name, count, rng):
@@ -94,6 +114,25 @@ def tiny_model():
         "ROI_HEADS": {"NAME": "FewShotROIHeads", "IN_FEATURES": ["p2", "p3", "p4", "p5"], "BATCH_SIZE_PER_IMAGE": 16},
         "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 1, "FC_DIM": 16, "POOLER_RESOLUTION": 3},
     }
+
+
+def flatten(config, prefix=""):
+    """Nested dict -> KEY VALUE words."""
+    words = []
+    for key, value in config.items():
+        words += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key, str(value)]
+    return words
+
+
+@pytest.fixture
+def tiny_network():
+    """Overrides that turn a shipped FPN config into a network for pictures of 64 pixels; random start."""
+    model = tiny_model()
+    for key in ("META_ARCHITECTURE", "MASK_ON", "PROPOSAL_GENERATOR"):
+        del model[key]  # as the shipped configs have them
+    del model["BACKBONE"]["NAME"], model["ROI_HEADS"]["NAME"], model["ROI_BOX_HEAD"]["NAME"]
+    sizes = {"MIN_SIZE_TRAIN": (64,), "MAX_SIZE_TRAIN": 96, "MIN_SIZE_TEST": 64, "MAX_SIZE_TEST": 96}
+    return flatten({"MODEL": model, "INPUT": sizes, "DATALOADER": {"NUM_WORKERS": 0}})
 
 
 def update(config, values):

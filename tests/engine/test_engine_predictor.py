@@ -58,6 +58,15 @@ def test_detections_equal_detectron2s(predictor, run_folder, pictures):
         assert [d.class_name for d in detections] == [predictor.class_names[d.class_id] for d in detections]
 
 
+@pytest.mark.gpu
+def test_the_gpu_finds_the_same(run_folder, pictures):
+    on_gpu = Predictor.from_run(run_folder, threshold=0.1, device="cuda")
+    assert next(on_gpu.model.parameters()).is_cuda
+    on_cpu = Predictor.from_run(run_folder, threshold=0.1, device="cpu")
+    for a, b in zip(on_gpu(pictures), on_cpu(pictures), strict=True):
+        assert a[0].score == pytest.approx(b[0].score, abs=0.02)
+
+
 def test_kinds_of_input_are_equal(predictor, pictures):
     path = pictures[0]
     expected = predictor(str(path))

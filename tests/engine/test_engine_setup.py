@@ -9,10 +9,11 @@ from fsdet.engine.schedule import find_row
 from fsdet.engine.setup import default_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NOVEL = sorted(p for p in (CONFIGS / "tfa").glob("*.yaml") if "base" not in p.name)
+OFFICIAL = sorted(p for p in (CONFIGS / "tfa").glob("*.yaml") if "custom" not in p.name)
+NOVEL = [p for p in OFFICIAL if "base" not in p.name]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tfa/*_base.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in OFFICIAL if p not in NOVEL], ids=lambda p: p.stem)
 def test_base_configs_resolve(path):
     cfg = load_config(str(path))
     assert (60 if "coco" in path.name else 15) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -35,6 +36,28 @@ def test_novel_configs_resolve_for_every_value(path):
                 assert all(0 < step <= cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS)
                 folders.add(cfg.OUTPUT_DIR)
     assert len(folders) == (1 if coco else 3) * len(settings) * (6 if coco else 5)
+
+
+def test_own_data_from_the_shipped_configs(squares):
+    """The configs for own data need only where the data is and which classes are novel."""
+    data = ["FEWSHOT.ROOT", str(squares), "FEWSHOT.TRAIN_JSON", "train.json", "FEWSHOT.TEST_JSON", "test.json"]
+    data += ["FEWSHOT.NOVEL_CLASSES", "('white',)"]
+    expected = {"base": (3, "base"), "cos": (4, "gfsod/2shot_seed0"), "fsod": (1, "fsod/2shot_seed0")}
+    for name, (classes, folder) in expected.items():
+        shot = [] if name == "base" else ["FEWSHOT.SHOT", "2"]
+        cfg = load_config(str(CONFIGS / "tfa" / f"custom_{name}.yaml"), [*data, *shot])
+        assert classes == cfg.MODEL.ROI_HEADS.NUM_CLASSES and cfg.OUTPUT_DIR.endswith(folder)
+    with pytest.raises(ValueError, match="FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON"):
+        load_config(str(CONFIGS / "tfa" / "custom_base.yaml"))
+
+
+def test_novel_classes_alone_never_keep_base_rows():
+    """A detector of the novel classes starts from the base model without its predictor, whatever the config says."""
+    cos = str(CONFIGS / "tfa" / "voc_cos.yaml")
+    both = load_config(cos, ["FEWSHOT.SHOT", "5"])
+    assert both.FEWSHOT.SURGERY == "randinit" and both.MODEL.WEIGHTS.endswith("model_randinit.pth")
+    alone = load_config(cos, ["FEWSHOT.SHOT", "5", "FEWSHOT.SETTING", "fsod"])
+    assert alone.FEWSHOT.SURGERY == "remove" and alone.MODEL.WEIGHTS.endswith("model_remove_novel.pth")
 
 
 def test_published_rows():
@@ -90,7 +113,9 @@ def test_loading_changes_no_global_default():
         ([], "novel stage needs K >= 1"),
         (["FEWSHOT.SHOT", "7"], "no row for split 1, gfsod, 7 shots"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.SPLIT", "4"], "splits 1, 2 and 3"),
-        (["FEWSHOT.SHOT", "5", "FEWSHOT.LEAK", "ignore"], "concerns base training"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.LEAK", "hide"], "expected background | drop | ignore"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.TRAIN_JSON", "a.json"], "voc reads XML files"),
+        (["FEWSHOT.SHOT", "5", "TEST.AUG.ENABLED", "True"], "no test-time augmentation"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.CHOICE", "lucky"], "expected seeded | official"),
         (["FEWSHOT.SHOT", "5", "SOLVER.ACCUMULATION_STEPS", "3"], "no multiple of SOLVER.ACCUMULATION_STEPS"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.NOVEL_CLASSES", "('cat',)"], "fixed splits"),

@@ -3,21 +3,11 @@
 import json
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.engine.run import run
 from fsdet.engine.sweep import Sweep, run_sweep
 from fsdet.evaluation.result import read_result
-
-
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
-        for name in set(catalog) - names:
-            catalog.pop(name)
 
 
 @pytest.fixture
@@ -59,6 +49,18 @@ def test_sweep_runs_skips_and_reports(plan, tmp_path):
     changed = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1,), seeds=(0,), opts=("SOLVER.BASE_LR", "0.02"))
     with pytest.raises(ValueError, match="belongs to another configuration"):
         run_sweep(changed)
+
+
+def test_sweep_over_both_settings(plan, tmp_path):
+    """Novel classes alone start from the base model without its predictor."""
+    results = run_sweep(
+        Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1,), seeds=(0,), settings=("gfsod", "fsod"))
+    )
+    alone = read_result(results[2])
+    assert alone.protocol.setting == "fsod" and set(alone.per_class) == {"white"} and "bAP50" not in alone.metrics
+    head = "roi_heads.box_predictor.cls_score.weight"
+    assert [len(load_weights(path.with_name("model_final.pth"))["model"][head]) for path in results] == [4, 5, 2]
+    assert (tmp_path / "out/base/squares/base/model_remove_novel.pth").exists()
 
 
 def test_combine_takes_rows_of_the_same_shots(plan, tmp_path):

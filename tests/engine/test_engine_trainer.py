@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.data.mapper import ImageError
@@ -18,15 +17,6 @@ from fsdet.engine.run import run
 from fsdet.evaluation.result import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
-        for name in set(catalog) - names:
-            catalog.pop(name)
 
 
 def weights(folder, name="model_final"):

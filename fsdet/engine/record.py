@@ -1,0 +1,157 @@
+"""What a finished run leaves behind: result.json with its metrics, protocol, cost and origin."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from fsdet.checkpoint.checkpointer import FewShotCheckpointer
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
+from fsdet.data.catalog import json_file, sample_files
+from fsdet.data.seeds import check_manifest, digest_of
+from fsdet.engine.setup import config_classes, dataset_sources, dataset_specs, run_classes
+from fsdet.evaluation.result import (
+    RUN_KEYS,
+    Protocol,
+    RunResult,
+    collect_versions,
+    config_digest,
+    git_commit,
+    peak_memory_mib,
+    read_result,
+    split_metrics,
+    write_result,
+)
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and iterations of training; zero when only evaluated."""
+
+    seconds: float = 0.0
+    iterations: int = 0
+
+
+def backbone_label(cfg: CfgNode) -> str:
+    """Short name of the backbone, e.g. "R50-FPN" or "tf_efficientnet_lite0-FPN"."""
+    name = cfg.MODEL.BACKBONE.NAME.lower()
+    body = cfg.MODEL.TIMM.NAME if "timm" in name else f"R{cfg.MODEL.RESNETS.DEPTH}"
+    return f"{body}-{'FPN' if 'fpn' in name else 'C4'}"
+
+
+def style_label(cfg: CfgNode) -> str:
+    """Name of the evaluation, e.g. "coco" or "voc-11point"."""
+    if cfg.TEST.STYLE == "coco":
+        return "coco"
+    return "voc-11point" if cfg.TEST.VOC_11_POINT else "voc-area"
+
+
+def test_set_label(cfg: CfgNode) -> str:
+    """Name of the evaluated set; for COCO formats with its annotation file, since 5k and val2017 are two sets."""
+    _, test = dataset_specs(cfg)
+    if cfg.FEWSHOT.LAYOUT == "voc":
+        return test.name
+    return f"{test.name}:{json_file(test, dataset_sources(cfg)).stem}"
+
+
+def base_model_digest(cfg: CfgNode) -> str:
+    """Which base model a novel run starts from: digest of its checkpoint, or a hub name; "" for a base stage.
+
+    The base checkpoint itself counts where it is known, since a `combine` file differs from draw to draw.
+    """
+    if cfg.FEWSHOT.STAGE == "base":
+        return ""
+    weights, base = Path(cfg.MODEL.WEIGHTS), Path(cfg.FEWSHOT.BASE_RUN) / "model_final.pth"
+    if base.is_file() and base.parent == weights.parent:
+        return sha256_of(base)[:12]
+    return sha256_of(weights)[:12] if weights.is_file() else cfg.MODEL.WEIGHTS
+
+
+def evaluated_base_model(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> str:
+    """`base_model_digest` as the evaluated checkpoint records it, so that it groups with its training run."""
+    path = Path(checkpointer.get_checkpoint_file()) if not cfg.MODEL.WEIGHTS else Path(cfg.MODEL.WEIGHTS)
+    recorded = load_weights(path).get(METADATA_KEY, {}) if path.is_file() else {}
+    return recorded.get("base_model") or base_model_digest(cfg)
+
+
+def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
+    """What this run's numbers stand for."""
+    fewshot = cfg.FEWSHOT
+    train, test = dataset_specs(cfg)
+    sources = dataset_sources(cfg)
+    novel = fewshot.STAGE == "novel"
+    manifest = check_manifest(sources.samples_of(fewshot.LAYOUT), fewshot.SEED) if novel else None
+    return Protocol(
+        benchmark=fewshot.DATASET,
+        test_set=test_set_label(cfg),
+        test_images=len(DatasetCatalog.get(test.name)),
+        split=fewshot.SPLIT if fewshot.LAYOUT == "voc" else 1,
+        setting=fewshot.SETTING,
+        stage=fewshot.STAGE,
+        method=fewshot.METHOD,
+        shot=fewshot.SHOT,
+        evaluation=style_label(cfg),
+        backbone=backbone_label(cfg),
+        pretraining="" if novel else Path(cfg.MODEL.WEIGHTS).name,
+        sampling=(manifest["algorithm"] if manifest else "unrecorded") if novel else "none",
+        choice=fewshot.CHOICE,
+        records=fewshot.RECORDS,
+        leak=fewshot.LEAK,
+        difficult=fewshot.DIFFICULT,
+        base_model=base_model,
+        seed=fewshot.SEED,
+        samples_digest=digest_of(sample_files(train, sources)) if novel else None,
+    )
+
+
+def result_digest(cfg: CfgNode) -> str:
+    """Digest of the recipe behind a result: the configuration without folders, device and draw."""
+    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT"))
+
+
+def record_result(
+    cfg: CfgNode,
+    metrics: dict[str, float],
+    *,
+    cost: Cost,
+    eval_seconds: float,
+    base_model: str,
+    notes: dict[str, str],
+) -> Path:
+    """Write OUTPUT_DIR/result.json and return its path; evaluating again keeps the cost that training had."""
+    path = Path(cfg.OUTPUT_DIR) / RESULT_FILE
+    if not cost.iterations and path.is_file():
+        former = read_result(path)
+        if former.config_digest == result_digest(cfg):
+            cost = Cost(former.seconds["train"], former.iterations)
+    overall, per_class = split_metrics(metrics)
+    classes, detected = config_classes(cfg), run_classes(cfg)
+    result = RunResult(
+        protocol=run_protocol(cfg, base_model),
+        classes={
+            "base": tuple(name for name in detected if name in classes.base),
+            "novel": tuple(name for name in detected if name in classes.novel),
+        },
+        metrics=overall,
+        per_class=per_class,
+        config_digest=result_digest(cfg),
+        versions=collect_versions(cfg.MODEL.DEVICE),
+        seconds={"train": cost.seconds, "eval": eval_seconds},
+        peak_memory_mib=peak_memory_mib(),
+        train_images=len({record["file_name"] for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}),
+        iterations=cost.iterations,
+        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        git_commit=git_commit(),
+        notes=notes,
+    )
+    write_result(path, result)
+    logger.info("Wrote %s", path)
+    return path
