@@ -7,12 +7,12 @@ import shlex
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from fsdet.checkpoint.predictor import predictor_classes
 from fsdet.checkpoint.safe_io import load_weights
-from fsdet.data.catalog import check_sources
+from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, new_report
 from fsdet.data.mapper import ImageError
 from fsdet.data.records import Record
 from fsdet.engine.setup import (
@@ -31,7 +31,7 @@ def check_run(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> N
     """Raise one clear error for what would stop this run later.
 
     Args:
-        cfg: resolved configuration with its data sets registered.
+        cfg: resolved configuration.
         resume: whether a checkpoint in OUTPUT_DIR replaces MODEL.WEIGHTS.
         training: False checks the test set and the weights alone.
     Raises: FileNotFoundError, ValueError, ImageError; each names the file and the remedy.
@@ -43,13 +43,20 @@ def check_run(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> N
     if training:
         check_sources(train, sources)
     if own:
-        check_pictures(test.name, DatasetCatalog.get(test.name))
+        check_pictures(test.name, _read_quietly(test, sources))
     if training and (own or train.shot):
-        records = DatasetCatalog.get(train.name)
+        records = _read_quietly(train, sources)
         check_labels(cfg, records)
         check_pictures(train.name, records)
     if not (resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists()):
         check_weights(cfg, training=training)
+
+
+def _read_quietly(spec: DatasetSpec, sources: DatasetSources) -> list[Record]:
+    """Records of a small or own set; what is odd about them is logged when training reads them."""
+    report = new_report(spec)
+    report.quiet = True
+    return load_records(spec, sources, report)
 
 
 def check_labels(cfg: CfgNode, records: list[Record]) -> None:
@@ -108,27 +115,43 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
         training: False asks for a complete detector, since nothing will train what is missing.
     Raises: FileNotFoundError, ValueError with the remedy.
     """
-    weights, novel = cfg.MODEL.WEIGHTS, cfg.FEWSHOT.STAGE == "novel"
+    weights = cfg.MODEL.WEIGHTS
     trained = "Set MODEL.WEIGHTS to the model_final.pth of a finished run"
     if not weights and not training:
         raise ValueError(f"There are no weights to evaluate. {trained}, or add --resume to take the newest of this one")
-    if not weights or "://" in weights:  # random start, or a hub name that Detectron2 resolves
+    if not weights:
         return
-    if not Path(weights).is_file():
-        command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/model_final.pth", weights)
-        remedy = (
-            f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
-            if novel
-            else "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
-        )
-        raise FileNotFoundError(f"{weights}: no such weights file; {remedy}")
+    file = _local_file(cfg)
     if cfg.FEWSHOT.RESET_PREDICTOR and training:
         return
-    have = predictor_classes(load_weights(weights)["model"])
+    have = predictor_classes(load_weights(file)["model"])
     if have is None and not training:
         raise ValueError(f"{weights} is no complete detector: it has no box predictor to evaluate. {trained}")
     if have not in (None, cfg.MODEL.ROI_HEADS.NUM_CLASSES):
         raise ValueError(_wrong_classes(cfg, have, training))
+
+
+def _local_file(cfg: CfgNode) -> str:
+    """Path of MODEL.WEIGHTS, fetched first where it is an address.
+
+    Raises: FileNotFoundError with the remedy.
+    """
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" is no part of the path
+    if "://" in weights:
+        try:
+            return PathManager.get_local_path(weights)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{weights} cannot be downloaded ({error}). Download it on a machine with network access and set "
+                "MODEL.WEIGHTS to the file"
+            ) from error
+    if Path(weights).is_file():
+        return weights
+    remedy = "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
+    if cfg.FEWSHOT.STAGE == "novel":
+        command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/model_final.pth", weights)
+        remedy = f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
+    raise FileNotFoundError(f"{weights}: no such weights file; {remedy}")
 
 
 def _wrong_classes(cfg: CfgNode, have: int, training: bool) -> str:

@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from fsdet.data.seeds import MANIFEST, digest_of
 from fsdet.data.splits import COCO_CLASSES
@@ -240,6 +242,24 @@ def test_missing_weights(train_net, write_config, tmp_path):
     assert str(tmp_path / "R-50.pkl") in message and "MODEL.WEIGHTS" in message
 
 
+def test_weights_that_cannot_be_downloaded(train_net, write_config, monkeypatch):
+    def offline(path):
+        raise URLError("no network")
+
+    monkeypatch.setattr(PathManager, "get_local_path", offline)
+    message = train_net(write_config(), "MODEL.WEIGHTS", "detectron2://COCO-Detection/model.pkl")
+    assert "detectron2://COCO-Detection/model.pkl cannot be downloaded" in message and "no network" in message
+    assert "set MODEL.WEIGHTS to the file" in message
+
+
+def test_downloaded_weights_of_other_classes(train_net, write_config, monkeypatch, tmp_path):
+    weights = tmp_path / "weights" / "zoo.pth"
+    write_checkpoint(weights, write_config("zoo.yaml"), "MODEL.ROI_HEADS.NUM_CLASSES", "80")
+    monkeypatch.setattr(PathManager, "get_local_path", lambda path: str(weights))
+    message = train_net(write_config(), "MODEL.WEIGHTS", "detectron2://COCO-Detection/model.pkl")
+    assert "predicts 80 classes" in message and "FEWSHOT.RESET_PREDICTOR True" in message
+
+
 def test_weights_of_another_network(train_net, write_config, tmp_path):
     weights = tmp_path / "weights" / "other.pth"
     weights.parent.mkdir()
@@ -341,6 +361,7 @@ def test_bad_boxes_in_an_official_base_set_are_counted_listed_and_dropped(write_
     assert metadata.load_report == {"zero_area_boxes": 1, "outside_boxes": 1}
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "coco_train_base: outside_boxes 1, zero_area_boxes 1" in log
+    assert log.count("No GPU found: running on the CPU") == 1
     for number, image in ((5, 2), (10, 3)):
         assert f"image {image}, annotation {number}" in log
     result = read_result(tmp_path / "run" / "result.json")
@@ -359,5 +380,4 @@ def test_command_prints_one_line_and_exits_with_1(write_config, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "full_box_5shot_red" in errors[0]
     assert "Traceback" not in done.stderr + done.stdout
-    about_gpus = [line for line in (done.stdout + done.stderr).splitlines() if "GPU" in line]
-    assert len(about_gpus) == 1 and about_gpus[0].endswith("No GPU found: running on the CPU")
+    assert not (tmp_path / "run").exists()  # an output folder that is there keeps its config and log

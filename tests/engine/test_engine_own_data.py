@@ -100,7 +100,7 @@ def test_coco_from_the_shipped_configs(tmp_path, monkeypatch, tiny_network):
     novel = tmp_path / "output" / "tfa_cos" / "r101_fpn" / "coco" / "gfsod" / "10shot_seed0"
     recorded = read_result(novel / "result.json")
     assert recorded.classes["novel"] == coco_split().novel and len(recorded.per_class) == 80
-    assert recorded.protocol.shot == 10 and recorded.protocol.sampling == "official"
+    assert recorded.protocol.shot == 10 and recorded.protocol.sampling == "unrecorded"
     assert MetadataCatalog.get("coco_train_all_10shot_seed0").load_report["short_lists"] == 29
     before, after = (load_weights(f / "model_final.pth")["model"] for f in (base, novel))
     head = "roi_heads.box_predictor.cls_score.weight"

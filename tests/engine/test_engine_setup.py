@@ -75,6 +75,18 @@ def test_command_line_has_the_last_word_and_steps_follow():
     assert (solver.MAX_ITER, solver.STEPS) == (200, (180,))
     solver = load_config(cos, ["FEWSHOT.SHOT", "5", "SOLVER.MAX_ITER", "200", "SOLVER.STEPS", "(7,)"]).SOLVER
     assert solver.STEPS == (7,)
+    base = str(CONFIGS / "tfa" / "voc_base.yaml")
+    assert load_config(base, ["SOLVER.MAX_ITER", "180"]).SOLVER.STEPS == (120, 160)
+    both = load_config(base, ["SOLVER.MAX_ITER", "180", "SOLVER.IMS_PER_BATCH", "4"]).SOLVER
+    assert (both.MAX_ITER, both.STEPS) == (180, (120, 160)) and pytest.approx(0.005) == both.BASE_LR
+
+
+@pytest.mark.parametrize(("length", "steps"), [(3, (2,)), (2, (1,)), (1, ())])
+def test_steps_never_move_to_the_end(length, steps):
+    """Rounding must not give a milestone that the schedule refuses."""
+    for name, shot in (("base", []), ("cos", ["FEWSHOT.SHOT", "5"])):
+        cfg = load_config(str(CONFIGS / "tfa" / f"voc_{name}.yaml"), [*shot, "SOLVER.MAX_ITER", str(length)])
+        assert steps == cfg.SOLVER.STEPS
 
 
 def test_schedule_follows_the_batch_size():
@@ -118,6 +130,7 @@ def test_loading_changes_no_global_default():
         (["FEWSHOT.SHOT", "5", "TEST.AUG.ENABLED", "True"], "no test-time augmentation"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.CHOICE", "lucky"], "expected seeded | official"),
         (["FEWSHOT.SHOT", "5", "SOLVER.ACCUMULATION_STEPS", "3"], "no multiple of SOLVER.ACCUMULATION_STEPS"),
+        (["FEWSHOT.SHOT", "5", "SOLVER.STEPS", "(20000,)"], "must lie below SOLVER.MAX_ITER 20000"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.NOVEL_CLASSES", "('cat',)"], "fixed splits"),
     ],
 )
