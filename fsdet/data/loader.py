@@ -125,9 +125,15 @@ def build_train_loader(
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; only TrainingSampler resumes exactly"
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
-    )
+    try:
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"{', '.join(cfg.DATASETS.TRAIN)}: no image with an object is left to train on; check the annotations, "
+            "the class split and FEWSHOT.LEAK"
+        ) from error
     wide = [r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     plan = BatchPlan(
         len(records),

@@ -53,12 +53,13 @@ def start_logging(output_dir: str, *, quiet: bool = False) -> None:
                 handler.setLevel(logging.ERROR)
 
 
-def prepare(cfg: CfgNode, *, quiet: bool = False) -> CfgNode:
+def prepare(cfg: CfgNode, *, quiet: bool = False, keep_config: bool = False) -> CfgNode:
     """Make OUTPUT_DIR with config.yaml and classes.json, start the log, seed; returns the config to run."""
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         output.mkdir(parents=True, exist_ok=True)
-        save_text_atomic(cfg.dump(), output / "config.yaml")
+        if not (keep_config and (output / "config.yaml").exists()):  # an evaluation does not rewrite a training's
+            save_text_atomic(cfg.dump(), output / "config.yaml")
         classes = config_classes(cfg)
         listed = {name: list(classes.of(name)) for name in ("all", "base", "novel")}
         save_text_atomic(json.dumps({**listed, "detector": run_classes(cfg)}, indent=1), output / "classes.json")
@@ -188,7 +189,7 @@ def run(
     cfg = load_config(config_file, opts, model=model)
     register_datasets(cfg)
     check_run(cfg, resume=resume, training=not eval_only)
-    cfg = prepare(cfg, quiet=quiet)
+    cfg = prepare(cfg, quiet=quiet, keep_config=eval_only)
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
     if eval_only:
         detector = build_detector(cfg)

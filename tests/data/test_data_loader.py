@@ -285,3 +285,18 @@ def test_test_loader_gives_every_image_once(make_cfg):
     loaded = [item for batch in build_test_loader(make_cfg(), NAME) for item in batch]
     assert [item["image_id"] for item in loaded] == [0, 1, 2, 3, 4]
     assert all(min(item["image"].shape[1:]) == 40 for item in loaded)
+
+
+def test_empty_training_set_is_one_clear_error():
+    from detectron2.data import DatasetCatalog
+
+    from fsdet.engine.setup import default_config
+
+    DatasetCatalog.register("emptied", lambda: [{"file_name": "a.jpg", "width": 4, "height": 4, "annotations": []}])
+    try:
+        cfg = default_config()
+        cfg.DATASETS.TRAIN = ("emptied",)
+        with pytest.raises(ValueError, match="emptied: no image with an object"):
+            build_train_loader(cfg, seed=0)
+    finally:
+        DatasetCatalog.remove("emptied")

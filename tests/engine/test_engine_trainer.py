@@ -83,7 +83,9 @@ def test_two_processes_equal_two_accumulation_passes(write_config, tmp_path, cal
     run(one, calm)
     two = write_config("two.yaml", OUTPUT_DIR=str(tmp_path / "two"), MODEL=norm)
     with (tmp_path / "log").open("w") as log:
-        process = start(two, *calm, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"), log=log)
+        process = start(
+            two, *calm, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), log=log
+        )
         assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
     first, second = losses(tmp_path / "one")[0], losses(tmp_path / "two")[0]
     for name in ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "total_loss"):
