@@ -16,14 +16,14 @@ from fsdet.engine.sweep import Sweep, run_sweep
 from fsdet.evaluation.report import write_report
 
 
-def split_overrides(words: list[str]) -> list[list[str]]:
+def overrides_first(words: list[str]) -> list[str]:
     """Move KEY VALUE pairs to the front: behind a list option such as --seeds they would be taken for its items."""
     opts, rest = [], []
     while words:
         is_key = words[0][:1].isupper() and "." in words[0]
         (opts if is_key else rest).extend(words[: 1 + is_key])
         words = words[1 + is_key :]
-    return [[*opts, *rest]]
+    return [*opts, *rest]
 
 
 def main() -> None:
@@ -38,18 +38,18 @@ def main() -> None:
     parser.add_argument("--model", help="another network for all runs: a name of configs/base")
     parser.add_argument("--report", type=Path, help="also write the report as HTML to this file")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of every run, anywhere on the line")
-    args = parser.parse_args(*split_overrides(sys.argv[1:]))
-    sweep = Sweep(
-        base=args.base,
-        novel=tuple(args.novel),
-        shots=tuple(int(shot) for shot in args.shots),
-        seeds=tuple(int(seed) for seed in args.seeds),
-        settings=tuple(args.settings),
-        novel_only=args.novel_only,
-        model=args.model,
-        opts=tuple(args.opts),
-    )
+    args = parser.parse_args(overrides_first(sys.argv[1:]))
     try:
+        sweep = Sweep(
+            base=args.base,
+            novel=tuple(args.novel),
+            shots=tuple(int(shot) for shot in args.shots),
+            seeds=tuple(int(seed) for seed in args.seeds),
+            settings=tuple(args.settings),
+            novel_only=args.novel_only,
+            model=args.model,
+            opts=tuple(args.opts),
+        )
         results = run_sweep(sweep)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
