@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def overrides_first(words: list[str]) -> list[str]:
     """Move KEY VALUE pairs to the front: behind a list option such as --seeds they would be taken for its items."""
     opts, rest = [], []
     while words:
-        is_key = words[0][:1].isupper() and "." in words[0]
+        is_key = re.fullmatch(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", words[0]) is not None
         (opts if is_key else rest).extend(words[: 1 + is_key])
         words = words[1 + is_key :]
     return [*opts, *rest]

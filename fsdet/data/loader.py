@@ -7,6 +7,9 @@ iteration; processes and gradient accumulation only cut each batch into pieces.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,6 +112,25 @@ def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return batch
 
 
+def _heed_main_process_alone(worker: int) -> None:
+    """Set up a worker that SIGINT and SIGTERM do not end, unless the main process sends the latter.
+
+    A terminal or a job scheduler signals all processes at once. The main process then finishes its iteration and saves,
+    which it could not without its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_main_process, daemon=True).start()
+
+
+def _wait_for_main_process() -> None:
+    """End this process when its parent asks for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def build_train_loader(
     cfg: Any, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
 ) -> DataLoader[list[dict[str, Any]]]:
@@ -150,6 +172,7 @@ def build_train_loader(
         batch_sampler=plan,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,
+        worker_init_fn=_heed_main_process_alone,
     )
 
 

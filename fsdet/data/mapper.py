@@ -20,6 +20,10 @@ IGNORE_CLASS = -1
 class ImageError(ValueError):
     """An image file that cannot be read or does not have the size that its annotation states."""
 
+    def __init__(self, text: str) -> None:
+        # A loader's worker passes an error on inside the text of its traceback; the error's own text comes last.
+        super().__init__(text.rsplit("ImageError: ", 1)[-1].strip())
+
 
 @contextmanager
 def seeded_numpy(*numbers: int) -> Iterator[None]:

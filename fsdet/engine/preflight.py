@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from fsdet.checkpoint.predictor import predictor_classes
-from fsdet.checkpoint.safe_io import load_weights
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, new_report
 from fsdet.data.mapper import ImageError
 from fsdet.data.records import Record
@@ -124,11 +125,25 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
     file = _local_file(cfg)
     if cfg.FEWSHOT.RESET_PREDICTOR and training:
         return
-    have = predictor_classes(load_weights(file)["model"])
+    checkpoint = load_weights(file)
+    have = predictor_classes(checkpoint["model"])
     if have is None and not training:
         raise ValueError(f"{weights} is no complete detector: it has no box predictor to evaluate. {trained}")
     if have not in (None, cfg.MODEL.ROI_HEADS.NUM_CLASSES):
         raise ValueError(_wrong_classes(cfg, have, training))
+    if training:
+        _check_origin(cfg, checkpoint)
+
+
+def _check_origin(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
+    """Refuse a surgered file that was made before the base model beside it was trained again."""
+    base, weights = Path(cfg.FEWSHOT.BASE_RUN) / "model_final.pth", cfg.MODEL.WEIGHTS
+    sources = checkpoint.get(METADATA_KEY, {}).get("sources")
+    if sources and base.is_file() and weights == surgered_weights(cfg) and sources[0]["sha256"] != sha256_of(base):
+        raise ValueError(
+            f"{weights} was made from another checkpoint than {base}, which has been trained again since. Remove it "
+            f"and run\n  {surgery_command(cfg, str(base), weights)}"
+        )
 
 
 def _local_file(cfg: CfgNode) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -30,6 +32,7 @@ from fsdet.evaluation.result import (
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ def backbone_label(cfg: CfgNode) -> str:
     name = cfg.MODEL.BACKBONE.NAME.lower()
     body = cfg.MODEL.TIMM.NAME if "timm" in name else f"R{cfg.MODEL.RESNETS.DEPTH}"
     return f"{body}-{'FPN' if 'fpn' in name else 'C4'}"
+
+
+def pretraining_label(cfg: CfgNode) -> str:
+    """Where a base stage's backbone starts: a file's name, a package, "timm" (its hub), or "" for random weights."""
+    timm_start = cfg.MODEL.TIMM.WEIGHTS or ("timm" if cfg.MODEL.TIMM.PRETRAINED else "")
+    own = timm_start if "timm" in cfg.MODEL.BACKBONE.NAME.lower() else ""
+    return Path(cfg.MODEL.WEIGHTS or own).name
 
 
 def style_label(cfg: CfgNode) -> str:
@@ -65,21 +75,22 @@ def test_set_label(cfg: CfgNode) -> str:
 def base_model_digest(cfg: CfgNode) -> str:
     """Which base model a novel run starts from: digest of its checkpoint, or a hub name; "" for a base stage.
 
-    The base checkpoint itself counts where it is known, since a `combine` file differs from draw to draw.
+    For a file from surgery that is the checkpoint it was made from, since a `combine` file differs from draw to draw.
     """
     if cfg.FEWSHOT.STAGE == "base":
         return ""
-    weights, base = Path(cfg.MODEL.WEIGHTS), Path(cfg.FEWSHOT.BASE_RUN) / "model_final.pth"
-    if base.is_file() and base.parent == weights.parent:
-        return sha256_of(base)[:12]
-    return sha256_of(weights)[:12] if weights.is_file() else cfg.MODEL.WEIGHTS
+    weights = Path(cfg.MODEL.WEIGHTS)
+    if not weights.is_file():
+        return cfg.MODEL.WEIGHTS
+    sources = load_weights(weights).get(METADATA_KEY, {}).get("sources")  # surgery writes them, the base model first
+    return (sources[0]["sha256"] if sources else sha256_of(weights))[:12]
 
 
 def evaluated_base_model(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> str:
     """`base_model_digest` as the evaluated checkpoint records it, so that it groups with its training run."""
     path = Path(checkpointer.get_checkpoint_file()) if not cfg.MODEL.WEIGHTS else Path(cfg.MODEL.WEIGHTS)
     recorded = load_weights(path).get(METADATA_KEY, {}) if path.is_file() else {}
-    return recorded.get("base_model") or base_model_digest(cfg)
+    return recorded["base_model"] if "base_model" in recorded else base_model_digest(cfg)
 
 
 def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
@@ -100,7 +111,7 @@ def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
         shot=fewshot.SHOT,
         evaluation=style_label(cfg),
         backbone=backbone_label(cfg),
-        pretraining="" if novel else Path(cfg.MODEL.WEIGHTS).name,
+        pretraining="" if novel else pretraining_label(cfg),
         sampling=(manifest["algorithm"] if manifest else "unrecorded") if novel else "none",
         choice=fewshot.CHOICE,
         records=fewshot.RECORDS,
@@ -108,8 +119,21 @@ def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
         difficult=fewshot.DIFFICULT,
         base_model=base_model,
         seed=fewshot.SEED,
-        samples_digest=digest_of(sample_files(train, sources)) if novel else None,
+        samples_digest=_if_there(lambda: digest_of(sample_files(train, sources)), None) if novel else None,
     )
+
+
+def _count_images(dataset_name: str) -> int:
+    return len({record["file_name"] for record in DatasetCatalog.get(dataset_name)})
+
+
+def _if_there(read: Callable[[], T], otherwise: T) -> T:
+    """A fact about the training data, which a machine that only evaluates need not have."""
+    try:
+        return read()
+    except FileNotFoundError as error:
+        logger.warning("Not recorded in %s: %s", RESULT_FILE, error)
+        return otherwise
 
 
 def result_digest(cfg: CfgNode) -> str:
@@ -146,7 +170,7 @@ def record_result(
         versions=collect_versions(cfg.MODEL.DEVICE),
         seconds={"train": cost.seconds, "eval": eval_seconds},
         peak_memory_mib=peak_memory_mib(),
-        train_images=len({record["file_name"] for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}),
+        train_images=_if_there(lambda: _count_images(cfg.DATASETS.TRAIN[0]), 0),
         iterations=cost.iterations,
         images_per_step=cfg.SOLVER.IMS_PER_BATCH,
         git_commit=git_commit(),

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ _LOGGERS = ("fvcore", "detectron2", "fsdet")
 
 def start_logging(output_dir: str, *, quiet: bool = False) -> None:
     """Log to the console (main process; `quiet`: warnings alone) and to OUTPUT_DIR/log.txt, afresh for every run."""
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2 v0.6's anchors; harmless
     for name in _LOGGERS:
         target = logging.getLogger(name)
         for handler in list(target.handlers):

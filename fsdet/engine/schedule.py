@@ -64,7 +64,8 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
         solver.CHECKPOINT_PERIOD = max(1, round(solver.CHECKPOINT_PERIOD / scale))
         cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
     given = dict(zip(opts[::2], opts[1::2], strict=True))
-    cfg.merge_from_list([word for pair in given.items() for word in pair])
+    # FEWSHOT keys are merged and completed already; once more, they would undo what was derived from them.
+    cfg.merge_from_list([word for pair in given.items() if not pair[0].startswith("FEWSHOT.") for word in pair])
     if "SOLVER.STEPS" not in given:
         solver.STEPS = _stretched(steps, length, solver.MAX_ITER)
 

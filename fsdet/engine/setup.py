@@ -160,7 +160,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
 
 
 # Keys of a resolved file that say where things are, not what the run is.
-_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "OUTPUT", "BASE_RUN")
+_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "BASE_RUN")
 
 
 def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) -> None:
@@ -169,7 +169,7 @@ def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) 
     if changed:
         raise ValueError(
             f"{config_file} is the resolved config of a finished set-up; FEWSHOT.{', FEWSHOT.'.join(changed)} cannot "
-            "change any more. Start from the file in configs/ instead."
+            "change any more. Start from the file in configs/ instead; OUTPUT_DIR names another folder for this run."
         )
 
 

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,9 @@ class Trainer(TrainerBase):
         saver = hooks.PeriodicCheckpointer(
             self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=solver.CHECKPOINTS_KEPT
         )
+        # A resumed run goes on counting the files of its former parts.
+        former = sorted(Path(self.cfg.OUTPUT_DIR).glob("model_" + "[0-9]" * 7 + ".pth"))
+        saver.recent_checkpoints = [str(path) for path in former if int(path.stem[6:]) < self.start_iter]
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),

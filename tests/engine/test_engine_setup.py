@@ -58,6 +58,8 @@ def test_novel_classes_alone_never_keep_base_rows():
     assert both.FEWSHOT.SURGERY == "randinit" and both.MODEL.WEIGHTS.endswith("model_randinit.pth")
     alone = load_config(cos, ["FEWSHOT.SHOT", "5", "FEWSHOT.SETTING", "fsod"])
     assert alone.FEWSHOT.SURGERY == "remove" and alone.MODEL.WEIGHTS.endswith("model_remove_novel.pth")
+    asked = load_config(cos, ["FEWSHOT.SHOT", "5", "FEWSHOT.SETTING", "fsod", "FEWSHOT.SURGERY", "randinit"])
+    assert asked.FEWSHOT.SURGERY == "remove"  # a sweep over both settings asks for one surgery
 
 
 def test_published_rows():
@@ -107,6 +109,8 @@ def test_dumped_config_is_the_same_run(tmp_path):
     assert json.dumps(load_config(str(path))) == json.dumps(cfg)
     with pytest.raises(ValueError, match="FEWSHOT.SHOT cannot change"):
         load_config(str(path), ["FEWSHOT.SHOT", "5"])
+    with pytest.raises(ValueError, match="OUTPUT_DIR"):  # it would change nothing: the run's folder is resolved
+        load_config(str(path), ["FEWSHOT.OUTPUT", "elsewhere"])
 
 
 def test_loading_changes_no_global_default():

@@ -38,6 +38,12 @@ def test_overrides_may_stand_between_options(tool):
     assert sweep.opts == ("SOLVER.STEPS", "(3, 4)") and sweep.base == "base.yaml" and sweep.seeds == (0,)
 
 
+def test_a_file_name_in_capitals_is_no_override(tool):
+    sweep = tool("--novel", "Mine/A.yaml", "--seeds", "0", "SEED", "3", "--base", "B.yaml", "--shots", "1")
+    assert sweep.novel == ("Mine/A.yaml",) and sweep.base == "B.yaml"
+    assert sweep.opts == ("SEED", "3") and sweep.seeds == (0,)
+
+
 def test_failure_is_one_line(tool, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         tool("--novel", "a.yaml", "--shots", "one")
