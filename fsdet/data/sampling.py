@@ -92,7 +92,7 @@ def sample_voc_legacy(pool: Pool, seed: int, shots: Sequence[int] = VOC_SHOTS) -
     Args:
         pool: all 20 classes in alphabetical order, with the images of VOC2007 trainval before those of VOC2012.
     Raises: ValueError naming a class with fewer images than an increment of K.
-    Source: TFA's preparation script for VOC, known faults in its issue 132.
+    Source: TFA's preparation script for VOC, with the faults that its users reported.
     """
     generator = random.Random(seed)
     draws: Draws = {}

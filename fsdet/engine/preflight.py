@@ -118,6 +118,10 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
     """
     weights = cfg.MODEL.WEIGHTS
     trained = "Set MODEL.WEIGHTS to the model_final.pth of a finished run"
+    if not weights and training and cfg.FEWSHOT.STAGE == "novel":
+        raise ValueError(
+            f"A novel stage needs MODEL.WEIGHTS, and it is empty. The usual file is {surgered_weights(cfg)}"
+        )
     if not weights and not training:
         raise ValueError(f"There are no weights to evaluate. {trained}, or add --resume to take the newest of this one")
     if not weights:

@@ -141,6 +141,31 @@ def result_digest(cfg: CfgNode) -> str:
     return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT"))
 
 
+# What may change between the parts of one run: its length, how a step is computed, what is kept and tested.
+_RESUMABLE = (
+    "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.ACCUMULATION_STEPS", "SOLVER.CHECKPOINTS_KEPT", "SOLVER.AMP",
+    "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT",
+)  # fmt: skip
+
+
+def resume_digest(cfg: CfgNode) -> str:
+    """Digest of what a resumed run must share with the part that it continues."""
+    without = [key for key in RUN_KEYS if key not in ("SEED", "FEWSHOT.SEED")]
+    return config_digest(cfg, without=(*without, *_RESUMABLE))
+
+
+def check_fresh(cfg: CfgNode) -> None:
+    """Refuse to train over the finished run of another recipe.
+
+    Raises: ValueError naming the folder.
+    """
+    path = Path(cfg.OUTPUT_DIR) / RESULT_FILE
+    if path.is_file() and read_result(path).config_digest != result_digest(cfg):
+        raise ValueError(
+            f"{path} is the result of another configuration. Set OUTPUT_DIR to a new folder, or remove this one"
+        )
+
+
 def record_result(
     cfg: CfgNode,
     metrics: dict[str, float],

@@ -23,16 +23,24 @@ from torch import nn
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.predictor import predictor_classes, recorded_classes
-from fsdet.checkpoint.safe_io import load_weights, save_text_atomic
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_text_atomic
 from fsdet.data.loader import build_test_loader
 from fsdet.data.mapper import FewShotMapper
 from fsdet.data.support import SupportSet
 from fsdet.engine.preflight import check_run
-from fsdet.engine.record import Cost, base_model_digest, evaluated_base_model, record_result
+from fsdet.engine.record import (
+    Cost,
+    base_model_digest,
+    check_fresh,
+    evaluated_base_model,
+    record_result,
+    resume_digest,
+)
 from fsdet.engine.setup import config_classes, load_config, on_this_machine, register_datasets, run_classes
 from fsdet.engine.trainer import Trainer, autocast, build_detector
 from fsdet.evaluation.diagnosis import diagnose, is_novel_zero, proposal_recall
 from fsdet.evaluation.evaluator import FewShotEvaluator, build_evaluator
+from fsdet.evaluation.result import reset_peak_memory
 from fsdet.modeling.base import condition_on_support
 from fsdet.modeling.freeze import trainable_prefixes
 
@@ -60,7 +68,7 @@ def prepare(cfg: CfgNode, *, quiet: bool = False, keep_config: bool = False) -> 
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         output.mkdir(parents=True, exist_ok=True)
-        if not (keep_config and (output / "config.yaml").exists()):  # an evaluation does not rewrite a training's
+        if not (keep_config and (output / "config.yaml").exists()):  # evaluating and resuming rewrite nothing
             save_text_atomic(cfg.dump(), output / "config.yaml")
         classes = config_classes(cfg)
         listed = {name: list(classes.of(name)) for name in ("all", "base", "novel")}
@@ -71,6 +79,7 @@ def prepare(cfg: CfgNode, *, quiet: bool = False, keep_config: bool = False) -> 
         # As Detectron2 does: FEWSHOT.CHOICE official then chooses other instances on every process, as it always did.
         seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    reset_peak_memory()
     return on_this_machine(cfg)
 
 
@@ -90,7 +99,14 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
     if predictor is not None:
         predictor.load_state_dict(fresh)
     check_match(cfg, checkpointer)
-    return int(state.get("iteration", -1)) + 1 if resume and checkpointer.has_checkpoint() else 0
+    if not (resume and checkpointer.has_checkpoint()):
+        return 0
+    if training and state.get(METADATA_KEY, {}).get("recipe", resume_digest(cfg)) != resume_digest(cfg):
+        raise ValueError(
+            f"{cfg.OUTPUT_DIR} holds checkpoints of another configuration; resuming would mix the two. Use the "
+            "options of its config.yaml, or another OUTPUT_DIR"
+        )
+    return int(state.get("iteration", -1)) + 1
 
 
 def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
@@ -191,7 +207,9 @@ def run(
     cfg = load_config(config_file, opts, model=model)
     register_datasets(cfg)
     check_run(cfg, resume=resume, training=not eval_only)
-    cfg = prepare(cfg, quiet=quiet, keep_config=eval_only)
+    if not (eval_only or resume):
+        check_fresh(cfg)
+    cfg = prepare(cfg, quiet=quiet, keep_config=eval_only or resume)
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
     if eval_only:
         detector = build_detector(cfg)
@@ -200,7 +218,9 @@ def run(
         measured, cost = Evaluation(cfg, detector), Cost()
         measured()
     else:
-        metadata["base_model"] = base_model_digest(cfg)
+        metadata |= {"base_model": base_model_digest(cfg), "recipe": resume_digest(cfg)}
+        if not resume and comm.is_main_process():  # else a later --resume could take up a former run's checkpoints
+            (Path(cfg.OUTPUT_DIR) / "last_checkpoint").unlink(missing_ok=True)
         trainer = Trainer(cfg, metadata=metadata)
         checkpointer, detector = trainer.checkpointer, trainer.checkpointer.model
         trainer.start_iter = load_for_run(cfg, checkpointer, resume=resume)

@@ -35,7 +35,8 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
 
     The table states a recipe for `SOLVER.REFERENCE_IMS_PER_BATCH` images per step. With another IMS_PER_BATCH the
     learning rate scales in proportion and every count of iterations inversely, so that the images seen stay the same
-    (Goyal et al. 2017, section 2.1). STEPS come last: they keep their fraction of whatever MAX_ITER ends up as.
+    (Goyal et al. 2017, section 2.1). STEPS come last: they keep their fraction of whatever MAX_ITER ends up as, and so
+    does the warm-up of a shortened run.
 
     Args:
         cfg: files and command line, merged; changed in place.
@@ -56,16 +57,18 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
                 int(row[6]),
             )
             steps, length = solver.STEPS, solver.MAX_ITER
-    if solver.REFERENCE_IMS_PER_BATCH:
-        scale = solver.IMS_PER_BATCH / solver.REFERENCE_IMS_PER_BATCH
-        solver.BASE_LR *= scale
-        solver.MAX_ITER = max(1, round(solver.MAX_ITER / scale))
-        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
-        solver.CHECKPOINT_PERIOD = max(1, round(solver.CHECKPOINT_PERIOD / scale))
-        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+    scale = solver.IMS_PER_BATCH / (solver.REFERENCE_IMS_PER_BATCH or solver.IMS_PER_BATCH)
+    planned = max(1, round(length / scale))
+    solver.BASE_LR *= scale
+    solver.MAX_ITER = max(1, round(solver.MAX_ITER / scale))
+    solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
+    solver.CHECKPOINT_PERIOD = max(1, round(solver.CHECKPOINT_PERIOD / scale))
+    cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
     given = dict(zip(opts[::2], opts[1::2], strict=True))
     # FEWSHOT keys are merged and completed already; once more, they would undo what was derived from them.
     cfg.merge_from_list([word for pair in given.items() if not pair[0].startswith("FEWSHOT.") for word in pair])
+    if "SOLVER.MAX_ITER" in given and "SOLVER.WARMUP_ITERS" not in given:
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS * min(1.0, solver.MAX_ITER / planned))
     if "SOLVER.STEPS" not in given:
         solver.STEPS = _stretched(steps, length, solver.MAX_ITER)
 

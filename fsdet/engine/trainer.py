@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.data.loader import build_train_loader
-from fsdet.engine.hooks import GracefulStop
+from fsdet.engine.hooks import EvaluationHook, GracefulStop
 from fsdet.modeling.freeze import apply_freeze
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(),
             saver if main else None,
             self.stop,
-            hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate) if self.evaluate else None,
+            EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate) if self.evaluate else None,
             hooks.PeriodicWriter(default_writers(self.cfg.OUTPUT_DIR, self.max_iter), period=20) if main else None,
         ]
 

@@ -66,6 +66,11 @@ def _solver_faults(cfg: CfgNode) -> list[str]:
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of SOLVER.ACCUMULATION_STEPS "
             f"{solver.ACCUMULATION_STEPS}"
         )
+    if solver.WARMUP_ITERS >= solver.MAX_ITER > 1:
+        faults.append(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} does not end before SOLVER.MAX_ITER {solver.MAX_ITER}: the "
+            "learning rate would never be reached"
+        )
     if list(solver.STEPS) != sorted(solver.STEPS):
         faults.append(f"SOLVER.STEPS {tuple(solver.STEPS)} must grow")
     if any(step >= solver.MAX_ITER for step in solver.STEPS):

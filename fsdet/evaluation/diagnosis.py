@@ -2,7 +2,7 @@
 
 Almost always it is one of these: base weights that were not loaded, classes in another order than the predictor's rows,
 a predictor that was never trained, a score threshold above what a briefly trained head reaches, or novel objects that a
-frozen RPN never proposes (TFA's tracker, #121 and #171). Everything is passed as plain values; what the caller does not
+frozen RPN never proposes (reports in TFA's tracker). Everything is passed as plain values; what the caller does not
 know is reported as not checked.
 """
 

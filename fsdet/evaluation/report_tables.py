@@ -80,7 +80,7 @@ def spread_table(rows: Sequence[Row], metrics: Sequence[str], label: Callable[[R
     for row in rows:
         for metric in (metric for metric in metrics if metric in row.metrics):
             s = row.summary(metric)
-            numbers = (s.mean, s.student, s.legacy, s.sample_std, *s.quartiles)
+            numbers = (s.mean, s.student, s.legacy if len(s.values) > 1 else math.nan, s.sample_std, *s.quartiles)
             lines.append(
                 (label(row), str(row.protocol.shot), metric, str(len(s.values)), *(number(value) for value in numbers))
             )

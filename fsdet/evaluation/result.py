@@ -6,6 +6,7 @@ never averages over two of them. Metrics that have no value (a class without obj
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,6 +32,8 @@ import torchvision
 import fsdet
 
 SCHEMA_VERSION = 1
+
+_PROC_STATUS = Path("/proc/self/status")
 
 # Config keys that say where, on what and with which draw a run was made, not which recipe it followed. Runs of one
 # recipe with other seeds share a digest only without them.
@@ -221,12 +224,23 @@ def collect_versions(device: str = "cpu") -> dict[str, str]:
 
 
 def peak_memory_mib() -> dict[str, float]:
-    """Peak memory of this process so far, in MiB: "rss" and, where CUDA was used, "cuda" (largest device)."""
+    """Peak memory since `reset_peak_memory`, in MiB: "rss" and, where CUDA was used, "cuda" (largest device)."""
+    high_water = re.search(r"VmHWM:\s*(\d+) kB", _PROC_STATUS.read_text()) if _PROC_STATUS.is_file() else None
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
-    memory = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    rss = int(high_water[1]) * 1024 if high_water else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = {"rss": rss / 2**20}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         memory["cuda"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
     return memory
+
+
+def reset_peak_memory() -> None:
+    """Start to count peak memory anew, for several runs in one process; where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def git_commit() -> str | None:

@@ -170,7 +170,7 @@ def write_config(tmp_path, squares):
                 "BASE_LR": 0.01,
                 "MAX_ITER": 6,
                 "STEPS": [4],
-                "WARMUP_ITERS": 2,
+                "WARMUP_ITERS": 1,
                 "CHECKPOINT_PERIOD": 2,
             },
             "DATALOADER": {"NUM_WORKERS": 0},

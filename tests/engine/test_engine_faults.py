@@ -381,3 +381,8 @@ def test_command_prints_one_line_and_exits_with_1(write_config, tmp_path):
     assert len(errors) == 1 and "full_box_5shot_red" in errors[0]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()  # an output folder that is there keeps its config and log
+
+
+def test_novel_stage_from_nothing(train_net, write_config, tmp_path):
+    message = train_net(write_config(FEWSHOT={"STAGE": "novel", "SHOT": 1}), "MODEL.WEIGHTS", "")
+    assert "novel stage needs MODEL.WEIGHTS" in message and not list(tmp_path.rglob("model_*.pth"))

@@ -44,10 +44,11 @@ def test_pretraining_names_what_fills_the_backbone(write_config):
     assert pretraining_label(load_config(write_config(MODEL=packaged))) == "efficientnet-lite0-package"
 
 
-def test_evaluation_needs_no_training_data(write_config, tmp_path, squares):
+def test_evaluation_needs_no_training_data(write_config, tmp_path, squares, calm_weights):
     """Without the K-shot lists a result lacks their digest, nothing else."""
     novel = {"STAGE": "novel", "SHOT": 1}
-    metrics = run(write_config(FEWSHOT=novel), ["MODEL.WEIGHTS", ""])
+    started = write_config(FEWSHOT=novel)
+    metrics = run(started, calm_weights(started))
     trained = read_result(tmp_path / "run" / "result.json")
     assert trained.protocol.samples_digest and trained.train_images == 1
     alone = tmp_path / "alone"

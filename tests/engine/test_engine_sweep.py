@@ -13,7 +13,7 @@ from fsdet.evaluation.result import read_result
 @pytest.fixture
 def plan(write_config, tmp_path):
     """Config files of a base stage, TFA w/ cos and a novel-only predictor on the tiny set."""
-    common = {"OUTPUT_DIR": "", "SOLVER": {"MAX_ITER": 2, "STEPS": []}}
+    common = {"OUTPUT_DIR": "", "SOLVER": {"MAX_ITER": 2, "STEPS": [], "WARMUP_ITERS": 0}}
     out = {"OUTPUT": str(tmp_path / "out")}
     novel = {**out, "STAGE": "novel", "BASE_METHOD": "base"}
     cosine = {"ROI_HEADS": {"OUTPUT_LAYER": "cosine"}, "BACKBONE": {"FREEZE": True}}

@@ -116,8 +116,9 @@ def test_bfloat16_on_the_cpu(write_config, tmp_path):
     metrics = run(write_config(SOLVER={"AMP": {"ENABLED": True}}))
     assert "AP50" in metrics
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "run").values() if v.is_floating_point())
+    other = str(tmp_path / "other")
     with pytest.raises(ValueError, match="float16 needs a GPU"):
-        run(write_config(SOLVER={"AMP": {"ENABLED": True, "DTYPE": "float16"}}))
+        run(write_config(OUTPUT_DIR=other, SOLVER={"AMP": {"ENABLED": True, "DTYPE": "float16"}}))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -171,3 +172,30 @@ def test_failure_in_the_middle_loses_no_iteration(write_config, tmp_path, monkey
     assert_equal_weights(weights(tmp_path / "whole", "model_0000003"), weights(tmp_path / "run", "model_0000003"))
     run(config, resume=True)
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_resume_refuses_another_recipe_and_accepts_a_longer_one(write_config, tmp_path):
+    config = write_config()
+    run(config)
+    with pytest.raises(ValueError, match="checkpoints of another configuration"):
+        run(config, ["SOLVER.BASE_LR", "0.02"], resume=True)
+    with pytest.raises(ValueError, match="result of another configuration"):
+        run(config, ["SOLVER.BASE_LR", "0.02"])
+    run(config, ["SOLVER.MAX_ITER", "8"], resume=True)
+    assert read_result(tmp_path / "run" / "result.json").iterations == 8
+
+
+def test_fresh_training_forgets_former_checkpoints(write_config, tmp_path):
+    config = write_config()
+    run(config)
+    (tmp_path / "run" / "result.json").unlink()
+    stale = write_config(SOLVER={"MAX_ITER": 1, "STEPS": [], "CHECKPOINT_PERIOD": 1000})
+    run(stale)
+    assert load_weights(tmp_path / "run" / (tmp_path / "run" / "last_checkpoint").read_text())["iteration"] == 0
+
+
+def test_periodic_evaluation_changes_no_weight(write_config, tmp_path):
+    run(write_config("plain.yaml", OUTPUT_DIR=str(tmp_path / "plain")))
+    run(write_config("often.yaml", OUTPUT_DIR=str(tmp_path / "often")), ["TEST.EVAL_PERIOD", "2"])
+    assert_equal_weights(weights(tmp_path / "plain"), weights(tmp_path / "often"))
+    assert sum("bbox/AP50" in line for line in losses(tmp_path / "often")) >= 1
