@@ -101,8 +101,10 @@ def _batch(size: int, images: int = 2) -> list[dict[str, Any]]:
     return batch
 
 
-def _calm(model: torch.nn.Module) -> torch.nn.Module:
-    """Keep random weights finite under frozen batch norm: scale the last norm of every block."""
+def _build(build: Callable[[CfgNode], torch.nn.Module], cfg: CfgNode) -> torch.nn.Module:
+    """Model with the same random weights each time; a small last norm a block keeps them finite under frozen norms."""
+    torch.manual_seed(0)
+    model = build(cfg)
     for name, value in model.state_dict().items():
         if name.endswith("conv3.norm.weight"):
             value.fill_(0.3)
@@ -117,6 +119,7 @@ def _train_step(model: torch.nn.Module, cfg: CfgNode, size: int) -> Work:
     trainer = SimpleTrainer(model, _Endless(_batch(size)), build_optimizer(cfg, model))
 
     def step() -> None:
+        torch.manual_seed(0)  # both sides sample the same anchors and regions
         with EventStorage() as trainer.storage:
             trainer.iter = 0
             trainer.run_step()
@@ -139,8 +142,8 @@ def freeze_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
     """A training step of TFA (only the predictor) against one of the whole detector."""
     frozen, whole = _config(size), _config(size, "MODEL.BACKBONE.FREEZE", "False", *_THAW)
     return (
-        ("TFA: predictor only", _train_step(_calm(build_detector(frozen)), frozen, size)),
-        ("whole detector", _train_step(_calm(build_detector(whole)), whole, size)),
+        ("TFA: predictor only", _train_step(_build(build_detector, frozen), frozen, size)),
+        ("whole detector", _train_step(_build(build_detector, whole), whole, size)),
     )
 
 
@@ -153,8 +156,8 @@ def stock_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
     words = ("MODEL.BACKBONE.FREEZE", "False", *_THAW, "MODEL.ROI_HEADS.OUTPUT_LAYER", "linear")
     ours, stock = _config(size, *words), _config(size, *words, *_STOCK)
     return (
-        ("fsdet", _train_step(_calm(build_detector(ours)), ours, size)),
-        ("stock Detectron2", _train_step(_calm(build_model(stock)), stock, size)),
+        ("fsdet", _train_step(_build(build_detector, ours), ours, size)),
+        ("stock Detectron2", _train_step(_build(build_model, stock), stock, size)),
     )
 
 

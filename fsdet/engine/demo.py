@@ -85,7 +85,7 @@ def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float
         found = predictor(record["file_name"])
         marks = [Mark(d.box, f"{d.class_name} {d.score:.2f}", colours[d.class_name]) for d in found]
         with Image.open(record["file_name"]) as image:
-            drawn.append(draw_marks(image, marks))
+            drawn.append(draw_marks(image, marks, min_side=250))  # about the width of a tile
     sheet = contact_sheet(
         [
             Section(
@@ -93,7 +93,7 @@ def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float
             ),
             Section(drawn, title=f"Detections on test pictures, score at least {threshold}", columns=4),
         ],
-        title=f"{cfg.FEWSHOT.METHOD}, {cfg.FEWSHOT.SHOT} shots",
+        title=f"{cfg.FEWSHOT.METHOD}, {cfg.FEWSHOT.SHOT} shots, seed {cfg.FEWSHOT.SEED}",
     )
     sheet.save(path, quality=90)
     return path

@@ -86,15 +86,21 @@ def base_model_digest(cfg: CfgNode) -> str:
     return (sources[0]["sha256"] if sources else sha256_of(weights))[:12]
 
 
-def evaluated_base_model(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> str:
-    """`base_model_digest` as the evaluated checkpoint records it, so that it groups with its training run."""
+def run_origin(cfg: CfgNode) -> dict[str, str]:
+    """What a training starts from: "base_model" of a novel stage, "pretraining" of a base stage."""
+    novel = cfg.FEWSHOT.STAGE == "novel"
+    return {"base_model": base_model_digest(cfg), "pretraining": "" if novel else pretraining_label(cfg)}
+
+
+def evaluated_origin(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, str]:
+    """`run_origin` as the evaluated checkpoint records it, so that the result groups with its training's."""
     path = Path(checkpointer.get_checkpoint_file()) if not cfg.MODEL.WEIGHTS else Path(cfg.MODEL.WEIGHTS)
     recorded = load_weights(path).get(METADATA_KEY, {}) if path.is_file() else {}
-    return recorded["base_model"] if "base_model" in recorded else base_model_digest(cfg)
+    return recorded["origin"] if "origin" in recorded else run_origin(cfg)
 
 
-def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
-    """What this run's numbers stand for."""
+def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
+    """What this run's numbers stand for; `origin` is that of `run_origin`."""
     fewshot = cfg.FEWSHOT
     train, test = dataset_specs(cfg)
     sources = dataset_sources(cfg)
@@ -111,13 +117,12 @@ def run_protocol(cfg: CfgNode, base_model: str) -> Protocol:
         shot=fewshot.SHOT,
         evaluation=style_label(cfg),
         backbone=backbone_label(cfg),
-        pretraining="" if novel else pretraining_label(cfg),
         sampling=(manifest["algorithm"] if manifest else "unrecorded") if novel else "none",
         choice=fewshot.CHOICE,
         records=fewshot.RECORDS,
         leak=fewshot.LEAK,
         difficult=fewshot.DIFFICULT,
-        base_model=base_model,
+        **origin,
         seed=fewshot.SEED,
         samples_digest=_if_there(lambda: digest_of(sample_files(train, sources)), None) if novel else None,
     )
@@ -172,7 +177,7 @@ def record_result(
     *,
     cost: Cost,
     eval_seconds: float,
-    base_model: str,
+    origin: dict[str, str],
     notes: dict[str, str],
 ) -> Path:
     """Write OUTPUT_DIR/result.json and return its path; evaluating again keeps the cost that training had."""
@@ -184,7 +189,7 @@ def record_result(
     overall, per_class = split_metrics(metrics)
     classes, detected = config_classes(cfg), run_classes(cfg)
     result = RunResult(
-        protocol=run_protocol(cfg, base_model),
+        protocol=run_protocol(cfg, origin),
         classes={
             "base": tuple(name for name in detected if name in classes.base),
             "novel": tuple(name for name in detected if name in classes.novel),

@@ -30,11 +30,11 @@ from fsdet.data.support import SupportSet
 from fsdet.engine.preflight import check_run
 from fsdet.engine.record import (
     Cost,
-    base_model_digest,
     check_fresh,
-    evaluated_base_model,
+    evaluated_origin,
     record_result,
     resume_digest,
+    run_origin,
 )
 from fsdet.engine.setup import config_classes, load_config, on_this_machine, register_datasets, run_classes
 from fsdet.engine.trainer import Trainer, autocast, build_detector
@@ -218,7 +218,7 @@ def run(
         measured, cost = Evaluation(cfg, detector), Cost()
         measured()
     else:
-        metadata |= {"base_model": base_model_digest(cfg), "recipe": resume_digest(cfg)}
+        metadata |= {"origin": run_origin(cfg), "recipe": resume_digest(cfg)}
         if not resume and comm.is_main_process():  # else a later --resume could take up a former run's checkpoints
             (Path(cfg.OUTPUT_DIR) / "last_checkpoint").unlink(missing_ok=True)
         trainer = Trainer(cfg, metadata=metadata)
@@ -233,8 +233,8 @@ def run(
     if is_novel_zero(measured.metrics):
         notes["novel AP is 0"] = explain_zero(cfg, detector, checkpointer, measured.evaluator)
         logger.warning("Novel AP is 0\n%s", notes["novel AP is 0"])
-    trained_from = evaluated_base_model(cfg, checkpointer) if eval_only else metadata["base_model"]
-    record_result(cfg, measured.metrics, cost=cost, eval_seconds=measured.seconds, base_model=trained_from, notes=notes)
+    origin = evaluated_origin(cfg, checkpointer) if eval_only else metadata["origin"]
+    record_result(cfg, measured.metrics, cost=cost, eval_seconds=measured.seconds, origin=origin, notes=notes)
     return measured.metrics
 
 

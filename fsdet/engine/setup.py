@@ -149,6 +149,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
     recipe = cfg.SOLVER.clone()
     if cfg.FEWSHOT.RESOLVED:
         resolved = cfg.FEWSHOT.clone()
+        if "SOLVER.IMS_PER_BATCH" in opts[::2] and recipe.REFERENCE_IMS_PER_BATCH:
+            raise ValueError(
+                f"{config_file} is resolved: its learning rate and length belong to {recipe.IMS_PER_BATCH} images per "
+                "step. Start from the file in configs/ to scale them, or split the step with SOLVER.ACCUMULATION_STEPS"
+            )
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
         _refuse_changed_protocol(config_file, resolved, cfg.FEWSHOT)
     else:

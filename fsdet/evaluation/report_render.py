@@ -24,12 +24,13 @@ def render_text(sections: Sequence[Section]) -> str:
     return "\n".join(_section_lines(section, "simple", "{}\n" + "=" * 100, "{}\n" + "-" * 100) for section in sections)
 
 
-def render_brief(sections: Sequence[Section]) -> str:
-    """The headline tables alone, for the end of a run."""
+def render_brief(sections: Sequence[Section], table_format: str = "simple") -> str:
+    """The headline tables alone, for the end of a run; "pipe" makes Markdown of them."""
     parts = []
     for section in sections:
         for table in section.tables[: section.headlines]:
-            parts.append(f"{table.title}\n" + tabulate(table.rows, table.header, "simple", disable_numparse=True))
+            title = f"{table.title}:\n\n" if table_format == "pipe" else f"{table.title}\n"
+            parts.append(title + tabulate(table.rows, table.header, table_format, disable_numparse=True))
     return "\n\n".join(parts) + "\n"
 
 

@@ -107,6 +107,8 @@ def test_dumped_config_is_the_same_run(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())
     assert json.dumps(load_config(str(path))) == json.dumps(cfg)
+    with pytest.raises(ValueError, match="belong to 16 images per step"):
+        load_config(str(path), ["SOLVER.IMS_PER_BATCH", "4"])
     with pytest.raises(ValueError, match="FEWSHOT.SHOT cannot change"):
         load_config(str(path), ["FEWSHOT.SHOT", "5"])
     with pytest.raises(ValueError, match="OUTPUT_DIR"):  # it would change nothing: the run's folder is resolved
