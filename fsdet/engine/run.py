@@ -138,14 +138,10 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
         )
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotEvaluator]:
-    """Evaluate on DATASETS.TEST; a detector with supports encodes them once, before the first image.
-
-    Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …} (empty on all but the main process), and the evaluator.
-    """
-    condition_on_support(model, lambda: build_support(cfg))
+def make_evaluator(cfg: CfgNode) -> FewShotEvaluator:
+    """Evaluator of DATASETS.TEST as TEST.* describe it; writes the detections below OUTPUT_DIR/inference."""
     (name,) = cfg.DATASETS.TEST
-    evaluator = build_evaluator(
+    return build_evaluator(
         name,
         style=cfg.TEST.STYLE,
         output_dir=Path(cfg.OUTPUT_DIR) / "inference",
@@ -153,6 +149,16 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotE
         fast=cfg.TEST.FAST,
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotEvaluator]:
+    """Evaluate on DATASETS.TEST; a detector with supports encodes them once, before the first image.
+
+    Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …} (empty on all but the main process), and the evaluator.
+    """
+    condition_on_support(model, lambda: build_support(cfg))
+    (name,) = cfg.DATASETS.TEST
+    evaluator = make_evaluator(cfg)
     with autocast(cfg):
         results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
     return dict(results.get("bbox", {})), evaluator
