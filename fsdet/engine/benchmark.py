@@ -161,6 +161,15 @@ def stock_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
     )
 
 
+def precision_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
+    """A training step of the whole detector in bfloat16 against single precision."""
+    cfg = _config(size, "MODEL.BACKBONE.FREEZE", "False", *_THAW)
+    mixed, single = _build(build_detector, cfg), _build(build_detector, cfg)
+    device = torch.device(cfg.MODEL.DEVICE).type
+    mixed.forward = torch.autocast(device, dtype=torch.bfloat16)(mixed.forward)
+    return ("bfloat16", _train_step(mixed, cfg, size)), ("float32", _train_step(single, cfg, size))
+
+
 def evaluator_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
     """COCO metrics of 500 images, 20 classes and 100 detections an image: fast evaluator against pycocotools."""
     truth, detections = _random_results(images=500, classes=20, per_image=100, size=size)
@@ -198,4 +207,4 @@ def _random_results(images: int, classes: int, per_image: int, size: int) -> tup
     return truth, Detections(image_index, boxes, rng.uniform(0, 1, len(chosen)), found)
 
 
-BENCHMARKS = {"tfa-freeze": freeze_pair, "heads": stock_pair, "evaluator": evaluator_pair}
+BENCHMARKS = {"tfa-freeze": freeze_pair, "heads": stock_pair, "precision": precision_pair, "evaluator": evaluator_pair}

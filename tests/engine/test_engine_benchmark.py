@@ -26,5 +26,5 @@ def test_model_pairs_run(monkeypatch):
     narrow += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "16")
     original = benchmark._config
     monkeypatch.setattr(benchmark, "_config", lambda size, *opts: original(size, *narrow, *opts))
-    lines = [pair.line() for pair in run_benchmarks(["tfa-freeze", "heads"], rounds=1, size=64)]
-    assert len(lines) == 2
+    lines = [pair.line() for pair in run_benchmarks(["tfa-freeze", "heads", "precision"], rounds=1, size=64)]
+    assert len(lines) == 3
