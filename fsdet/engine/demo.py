@@ -64,7 +64,7 @@ def describe(path: Path, output: Path) -> str:
     return f"{path.parent.relative_to(output)}: {metrics} ({sum(result.seconds.values()):.0f} s)"
 
 
-def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float = 0.5) -> Path:
+def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float = 0.4) -> Path:
     """Contact sheet of one run: its novel supports above its detections on test pictures with novel objects."""
     cfg = load_config(str(run_folder / "config.yaml"))
     names, colours = run_classes(cfg), class_colours(run_classes(cfg))
