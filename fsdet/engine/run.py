@@ -50,7 +50,7 @@ _LOGGERS = ("fvcore", "detectron2", "fsdet")
 
 
 def start_logging(output_dir: str, *, quiet: bool = False) -> None:
-    """Log to the console (main process; `quiet`: warnings alone) and to OUTPUT_DIR/log.txt, afresh for every run."""
+    """Log to the console (main process; `quiet`: errors alone) and to OUTPUT_DIR/log.txt, afresh for every run."""
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2 v0.6's anchors; harmless
     for name in _LOGGERS:
         target = logging.getLogger(name)
