@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--novel", nargs="+", required=True, help="class names to leave out")
     parser.add_argument("--weights", type=Path, required=True, help="ResNet-50 safetensors with Detectron2 names")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--bf16", action="store_true", help="mixed precision; Detectron2's own needs a GPU")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     args = parser.parse_args()
@@ -86,8 +87,9 @@ def main() -> None:
     trainer = StockTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     started = time.perf_counter()
-    metrics = trainer.train()
-    record = {"metrics": metrics, "seconds": time.perf_counter() - started, "config": cfg.dump()}
+    with torch.autocast(torch.device(cfg.MODEL.DEVICE).type, torch.bfloat16, enabled=args.bf16):
+        metrics = trainer.train()
+    record = {"metrics": metrics, "bf16": args.bf16, "seconds": time.perf_counter() - started, "config": cfg.dump()}
     (args.output / "result.json").write_text(json.dumps(record, indent=1))
 
 
