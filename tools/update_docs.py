@@ -21,7 +21,10 @@ def main() -> None:
     args = parser.parse_args()
     path = DOCS / "benchmarks.md"
     text = path.read_text(encoding="utf-8")
-    filled = fill_tables(text, DOCS / "results")
+    try:
+        filled = fill_tables(text, DOCS / "results")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {path.name}: {error}")
     if args.check and filled != text:
         sys.exit(f"{path.name} does not show what docs/results holds; run tools/update_docs.py")
     if not args.check:

@@ -47,17 +47,26 @@ class PairedDifference:
 
     Attributes:
         seeds: compared (seed, repeat) pairs.
+        values: first minus second of each pair.
+        means: (first, second), over the pairs.
         mean: mean of first minus second.
-        student: half width of the 95 % t interval of that mean.
-        t_test: p value of the paired t test.
+        student: half width of the 95 % t interval of that mean; nan for one pair.
+        t_test: p value of the paired t test; nan for one pair.
         wilcoxon: p value of Wilcoxon's signed-rank test; with fewer than 6 seeds it cannot fall below 0.05.
     """
 
     seeds: tuple[tuple[int, int], ...]
+    values: tuple[float, ...]
+    means: tuple[float, float]
     mean: float
     student: float
     t_test: float
     wilcoxon: float
+
+    @property
+    def higher(self) -> int:
+        """Number of pairs in which the first is above the second."""
+        return sum(value > 0 for value in self.values)
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -90,24 +99,27 @@ def paired_difference(
     Args:
         first: (seed, repeat) -> value.
         second: the same pairs.
-    Raises: ValueError where the runs differ or are fewer than two.
+    Returns: of one pair only the difference is known; its interval and p values are nan (Wilcoxon's is 1).
+    Raises: ValueError where the runs differ or there are none.
     """
     if set(first) != set(second):
         only = sorted(set(first) ^ set(second))
         raise ValueError(f"A paired comparison needs the same seeds on both sides; (seed, repeat) {only} stand alone")
-    if len(first) < 2:
-        raise ValueError(f"A paired comparison needs at least two seeds, got {len(first)}")
+    if not first:
+        raise ValueError("A paired comparison needs at least one seed that both sides have")
     pairs = tuple(sorted(first))
     left = np.array([first[pair] for pair in pairs])
     right = np.array([second[pair] for pair in pairs])
     difference = left - right
-    same = bool(np.all(difference == difference[0]))  # no spread: the tests divide by it
+    student, t_test = _paired_test(left, right)
     return PairedDifference(
         seeds=pairs,
+        values=tuple(difference.tolist()),
+        means=(float(left.mean()), float(right.mean())),
         mean=float(difference.mean()),
-        student=0.0 if same else _student(float(difference.std(ddof=1)), len(pairs)),
-        t_test=(1.0 if difference[0] == 0 else 0.0) if same else float(stats.ttest_rel(left, right).pvalue),
-        wilcoxon=1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue),
+        student=student,
+        t_test=t_test,
+        wilcoxon=_wilcoxon(difference),
     )
 
 
@@ -137,6 +149,22 @@ def legacy_table(runs: Mapping[str, Sequence[float]], header: Sequence[str], sho
         names_as_logged = ["", " " + header[0], *header[1:]]
         text.append(f"--> {shot}-shot\n{tabulate(cells, names_as_logged, 'pipe', disable_numparse=True)}\n\n")
     return "".join(text)
+
+
+def _paired_test(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Half width of the interval of the mean difference, and p value of the t test."""
+    difference = left - right
+    if len(difference) < 2 or np.isnan(difference).any():
+        return float("nan"), float("nan")
+    if np.all(difference == difference[0]):  # no spread, and the test divides by it
+        return 0.0, 1.0 if difference[0] == 0 else 0.0
+    return _student(float(difference.std(ddof=1)), len(difference)), float(stats.ttest_rel(left, right).pvalue)
+
+
+def _wilcoxon(difference: np.ndarray) -> float:
+    if np.isnan(difference).any():
+        return float("nan")
+    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
 
 
 def _student(sample_std: float, count: int) -> float:

@@ -1,7 +1,8 @@
 """Many result files -> tables of mean and interval over seeds, in text, Markdown, HTML, CSV or JSON.
 
 Runs are averaged only where their whole protocol agrees. A report stops on what would make its numbers wrong: a missing
-seed (unless told), a run given twice, runs of one protocol that followed different configs.
+seed (unless told), a run given twice, runs of one protocol that followed different configs. Run folders without a
+result are listed and counted nowhere.
 
 Source: TFA (Wang et al., ICML 2020) section 4.3 and its multi-seed tables: seed 0 alone is a lucky draw.
 """
@@ -9,17 +10,18 @@ Source: TFA (Wang et al., ICML 2020) section 4.3 and its multi-seed tables: seed
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from .aggregate import paired_difference
-from .report_render import render_brief, render_csv, render_json, render_markdown, render_text
-from .report_rows import Row, check_seeds, group_runs, load_results, seed_list
+from .report_gallery import Gallery
+from .report_html import render_html
+from .report_pairs import asked_comparisons, calibration_comparisons, comparison_table, why_not
+from .report_protocol import remarks, shared_facts
+from .report_render import render_brief, render_csv, render_json, render_markdown, render_pairs_csv, render_text
+from .report_rows import Row, check_seeds, group_runs, load_results
+from .report_section import Section
 from .report_tables import (
-    Comparison,
-    Table,
     class_tables,
-    comparison_table,
     cost_table,
     headline_tables,
     label_fields,
@@ -27,44 +29,23 @@ from .report_tables import (
     row_label,
     spread_table,
 )
+from .report_unfinished import find_unfinished, unfinished_section
 from .result import RunResult
 
-FORMATS = ("text", "brief", "markdown", "html", "csv", "json")
+RENDERERS = {
+    "text": render_text,
+    "brief": render_brief,
+    "markdown": render_markdown,
+    "csv": render_csv,
+    "json": render_json,
+}
+FORMATS = (*RENDERERS, "html")
+SUFFIXES = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "text"}
+FOLDER_FILES = ("index.html", "report.md", "report.csv")
 # What a report shows when not asked for particular metrics: the field's headline numbers.
 HEADLINES = {"coco": ("nAP", "nAP50", "nAP75", "bAP", "AP"), "other": ("nAP50", "bAP50", "AP50")}
-
-
 # Numbers are put side by side only where these agree; everything else that differs is shown beside the rows.
 SECTION_FIELDS = ("benchmark", "split", "setting", "test_set", "test_images", "evaluation")
-
-
-@dataclass(frozen=True)
-class Section:
-    """Rows measured in the same way on the same test set.
-
-    Attributes:
-        title: what they share.
-        rows: one per protocol.
-        metrics: headline metrics.
-        fields: protocol fields that make up a row's label.
-        tables: in reading order.
-        headlines: how many of the first tables hold the headline numbers.
-        notes: common protocol, seeds, remarks on versions.
-        comparisons: of two methods, where asked for.
-    """
-
-    title: str
-    rows: tuple[Row, ...]
-    metrics: tuple[str, ...]
-    fields: tuple[str, ...]
-    tables: tuple[Table, ...]
-    headlines: int
-    notes: tuple[str, ...]
-    comparisons: tuple[Comparison, ...] = ()
-
-    def label(self, row: Row) -> str:
-        """Short name of a row; with the number of shots it is unique in the section."""
-        return row_label(row, self.fields)
 
 
 def write_report(
@@ -75,7 +56,8 @@ def write_report(
     metrics: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     allow_missing: bool = False,
-    compare: Sequence[str] = (),
+    compare: Sequence[tuple[str, str]] = (),
+    galleries: Sequence[Gallery] = (),
 ) -> str:
     """Read results, build the report and render it.
 
@@ -86,31 +68,88 @@ def write_report(
         metrics: headline metrics; empty for those usual on the benchmark.
         seeds: seeds to average over; None for 0 ... the largest seed found.
         allow_missing: average over the seeds that are there.
-        compare: two methods to compare seed by seed; empty for none.
+        compare: pairs of methods, or of row labels, to compare seed by seed.
+        galleries: pictures for the HTML page.
     Returns: the rendered text.
     Raises: FileNotFoundError for missing results; ValueError on an unknown style and as `build_report`.
     """
     if style not in FORMATS:
         raise ValueError(f'Unknown report format "{style}"; expected one of {FORMATS}')
+    sections = read_report(paths, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare)
+    text = render_report(sections, style, galleries)
+    if output is not None:
+        _write(Path(output), text)
+    return text
+
+
+def read_report(
+    paths: Iterable[str | Path],
+    *,
+    metrics: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    allow_missing: bool = False,
+    compare: Sequence[tuple[str, str]] = (),
+) -> tuple[Section, ...]:
+    """Sections of the results below some paths, and one of the runs that have none; arguments as `write_report`."""
+    paths = list(paths)
     results = load_results(paths)
     sections = build_report(results, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare)
-    if style == "html":
-        from .report_html import render_html  # matplotlib is slow to import and only this format draws
+    unfinished = find_unfinished(paths)
+    return (*sections, unfinished_section(unfinished)) if unfinished else sections
 
-        text = render_html(sections)
+
+def render_report(sections: Sequence[Section], style: str, galleries: Sequence[Gallery] = ()) -> str:
+    """A report in one of `FORMATS`.
+
+    Raises: ValueError where galleries are given and the format has no pictures, or too many of them.
+    """
+    if style == "html":
+        return render_html(sections, galleries)
+    if galleries:
+        raise ValueError("Only an HTML page shows a gallery; write one with --output NAME.html or into a folder")
+    return RENDERERS[style](sections)
+
+
+def save_report(
+    sections: Sequence[Section],
+    output: str | Path,
+    *,
+    style: str | None = None,
+    also: Sequence[str] = (),
+    galleries: Sequence[Gallery] = (),
+) -> list[Path]:
+    """Write a report into one file or several.
+
+    Args:
+        sections: from `read_report` or `build_report`.
+        output: a file, or a folder (one that exists, or a name without suffix where no style is given) for index.html,
+            report.md and report.csv.
+        style: one of `FORMATS`; None: by the suffix of the file.
+        also: suffixes without their dot of files to write beside the first: "md", "csv", "json", "txt", "html".
+        galleries: pictures for the HTML page.
+    Returns: the files. Paired comparisons go beside a CSV file, in NAME_paired.csv.
+    Raises: ValueError for an unknown suffix, or galleries without a page to show them.
+    """
+    output = Path(output)
+    if unknown := [suffix for suffix in also if f".{suffix}" not in SUFFIXES]:
+        raise ValueError(
+            f'Unknown format "{unknown[0]}" beside the report; expected {", ".join(s[1:] for s in SUFFIXES)}'
+        )
+    if output.is_dir() or (style is None and not output.suffix):
+        styles = {output / name: SUFFIXES[Path(name).suffix] for name in FOLDER_FILES}
+        output = output / "report"
     else:
-        renderers = {
-            "text": render_text,
-            "brief": render_brief,
-            "markdown": render_markdown,
-            "csv": render_csv,
-            "json": render_json,
-        }
-        text = renderers[style](sections)
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(text, encoding="utf-8")
-    return text
+        styles = {output: style or SUFFIXES.get(output.suffix, "text")}
+    for suffix in also:
+        styles.setdefault(output.with_suffix(f".{suffix}"), SUFFIXES[f".{suffix}"])
+    shows = galleries if "html" not in styles.values() else ()  # then refused by the first format
+    for path, kind in list(styles.items()):
+        _write(path, render_report(sections, kind, galleries if kind == "html" else shows))
+        if kind == "csv" and any(section.comparisons for section in sections):
+            pairs = path.with_name(f"{path.stem}_paired.csv")
+            _write(pairs, render_pairs_csv(sections))
+            styles[pairs] = kind
+    return list(styles)
 
 
 def build_report(
@@ -119,7 +158,7 @@ def build_report(
     metrics: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     allow_missing: bool = False,
-    compare: Sequence[str] = (),
+    compare: Sequence[tuple[str, str]] = (),
 ) -> tuple[Section, ...]:
     """Group results by protocol, check them, and make the tables; arguments as `write_report`.
 
@@ -127,6 +166,9 @@ def build_report(
     """
     if not results:
         raise ValueError("A report needs at least one result")
+    for pair in compare:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"A comparison is between two methods, got {pair!r}")
     rows = check_seeds(group_runs(results), seeds, allow_missing)
     available = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     unknown = [metric for metric in metrics if metric not in available]
@@ -136,16 +178,24 @@ def build_report(
     for row in rows:
         groups.setdefault(tuple(getattr(row.protocol, name) for name in SECTION_FIELDS), []).append(row)
     sections = tuple(_section(members, metrics, compare) for members in groups.values())
-    if compare and not any(section.comparisons for section in sections):
-        known = sorted({row.protocol.method for row in rows})
-        raise ValueError(
-            f"Nothing to compare between {' and '.join(compare)}: the results have the methods {known}; apart from the "
-            "method all protocol fields of two rows must agree"
-        )
+    titles = {(item.first, item.second) for section in sections for item in section.comparisons}
+    for first, second in compare:
+        _check_compared(sections, (first, second), titles)
     return sections
 
 
-def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[str]) -> Section:
+def _check_compared(sections: Sequence[Section], pair: tuple[str, str], done: set[tuple[str, str]]) -> None:
+    """Raise where a pair that was asked for has led to no comparison."""
+    named = [labelled for section in sections for labelled in section.novel]
+    methods = {label: row.protocol.method for label, row in named}
+    if pair not in done and pair not in {(methods[first], methods[second]) for first, second in done}:
+        raise ValueError(
+            f"Nothing to compare between {' and '.join(pair)}: {why_not(named, pair)}. Apart from the method all "
+            "protocol fields of two rows must agree; rows can also be named as the tables label them"
+        )
+
+
+def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[tuple[str, str]]) -> Section:
     available = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     usual = HEADLINES.get(rows[0].protocol.benchmark, HEADLINES["other"])
     shown = tuple(metric for metric in metrics or usual if metric in available) or tuple(available[:3])
@@ -154,92 +204,39 @@ def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[str]
     def label(row: Row) -> str:
         return row_label(row, fields)
 
-    comparisons = tuple(_compare(rows, shown, compare)) if compare else ()
+    named = [(label(row), row) for row in rows if row.protocol.stage != "base"]
+    comparisons = [item for pair in dict.fromkeys(compare) for item in asked_comparisons(named, shown, pair)]
+    comparisons += calibration_comparisons(named, shown)
     headlines = list(headline_tables(rows, shown, label))
+    section = Section(
+        title=_title(rows),
+        rows=tuple(rows),
+        metrics=shown,
+        labels=tuple(label(row) for row in rows),
+        tables=(),
+        headlines=len(headlines),
+        protocol=shared_facts(rows),
+        notes=tuple(remarks(rows, [label(row) for row in rows])),
+        comparisons=tuple(comparisons),
+    )
     tables = [
         *headlines,
-        *([comparison_table(comparisons)] if comparisons else []),
+        *map(comparison_table, section.groups().values()),
         spread_table(rows, shown, label),
         *class_tables(rows, label),
         cost_table(rows, label),
     ]
     differing = protocol_table(rows, fields, label)
-    if differing is not None:
-        tables.append(differing)
-    return Section(
-        title=_title(rows[0]),
-        rows=tuple(rows),
-        metrics=shown,
-        fields=fields,
-        tables=tuple(tables),
-        headlines=len(headlines),
-        notes=tuple(_notes(rows)),
-        comparisons=comparisons,
-    )
+    return replace(section, tables=(*tables, *([differing] if differing else [])))
 
 
-def _title(row: Row) -> str:
-    p = row.protocol
+def _title(rows: Sequence[Row]) -> str:
+    p = rows[0].protocol
     split = f" split {p.split}" if p.split else ""
-    return f"{p.benchmark}{split}, {p.setting}: {p.test_set}, {p.test_images} images, {p.evaluation}"
+    setting = "base stage" if all(row.protocol.stage == "base" for row in rows) else p.setting
+    return f"{p.benchmark}{split}, {setting}: {p.test_set}, {p.test_images} images, {p.evaluation}"
 
 
-def _notes(rows: Sequence[Row]) -> Iterable[str]:
-    protocols = [dict(row.protocol.group()) for row in rows]
-    common = [
-        f"{name} {value}"
-        for name, value in protocols[0].items()
-        if value not in ("", None) and all(protocol[name] == value for protocol in protocols)
-    ]
-    yield f"Protocol: {', '.join(common)}."
-    drawn = [row for row in rows if row.protocol.stage != "base"]
-    if len({row.keys for row in drawn}) == 1:
-        yield f"Seeds: {seed_list(drawn[0].keys)}."
-    else:
-        yield from (f"{row.name}: seeds {seed_list(row.keys)}." for row in drawn)
-    yield from (f"{row.name}: WITHOUT seeds {seed_list(row.missing)}." for row in drawn if row.missing)
-    digests: dict[tuple[int, int], set] = {}
-    for run in (run for row in drawn for _, run in row.runs):
-        digests.setdefault((run.protocol.shot, run.protocol.seed), set()).add(run.protocol.samples_digest)
-    differing = [f"{shot}-shot seed {seed}" for (shot, seed), found in sorted(digests.items()) if len(found) > 1]
-    if differing:
-        yield f"Rows were trained on different K-shot files at {', '.join(differing)}."
-    for name in ("fsdet", "detectron2", "torch", "device"):
-        found = sorted({run.versions.get(name, "unknown") for row in rows for _, run in row.runs})
-        if len(found) > 1:
-            yield f"Runs were made with different {name}: {', '.join(found)}."
-
-
-def _compare(rows: Sequence[Row], metrics: Sequence[str], methods: Sequence[str]) -> Iterable[Comparison]:
-    if len(methods) != 2:
-        raise ValueError(f"A comparison is between two methods, got {list(methods)}")
-    first, second = methods
-
-    def others(row: Row) -> tuple:
-        # The methods' own surgery gives each its own start, so `base_model` may differ.
-        return tuple(item for item in row.protocol.group() if item[0] not in ("method", "base_model"))
-
-    partners = {others(row): row for row in rows if row.protocol.method == second}
-    for row in rows:
-        if row.protocol.method != first or row.protocol.stage == "base" or others(row) not in partners:
-            continue
-        partner = partners[others(row)]
-        _check_samples(row, partner)
-        for metric in metrics:
-            if metric in row.metrics and metric in partner.metrics:
-                left, right = row.values(metric), partner.values(metric)
-                # Seeds differ only where the report was told to do without some; the table says how many pairs.
-                both = left.keys() & right.keys()
-                difference = paired_difference({key: left[key] for key in both}, {key: right[key] for key in both})
-                yield Comparison(row.protocol.shot, first, second, metric, difference)
-
-
-def _check_samples(row: Row, partner: Row) -> None:
-    samples = {run.protocol.seed: (path, run.protocol.samples_digest) for path, run in row.runs}
-    for path, run in partner.runs:
-        twin, digest = samples.get(run.protocol.seed, (path, run.protocol.samples_digest))
-        if digest != run.protocol.samples_digest:
-            raise ValueError(
-                f"{twin} and {path} have the same seed but other K-shot files, so that they are no pair; draw the "
-                "files once and run both methods on them"
-            )
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from .aggregate import PairedDifference, summarize
+from .aggregate import summarize
 from .report_rows import Row
+from .report_section import Table
 
-INTERVAL_NOTE = (
-    "± is half the 95 % Student t interval over runs; legacy ± is 1.96 · population σ / √n, the figure of the few-shot "
+INTERVAL_NOTE = "± is half the 95 % Student t interval over runs."
+LEGACY_NOTE = (
+    "± t 95 % is half of Student's interval; legacy ± is 1.96 · population σ / √n, the figure of the few-shot "
     "literature, which is too narrow for few seeds."
 )
 
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table: header, rows of text, a note below; `detail` tables are folded where a format can."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    detail: bool = False
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two methods on one metric at one number of shots; the difference is first minus second."""
-
-    shot: int
-    first: str
-    second: str
-    metric: str
-    difference: PairedDifference
+# Fields whose value says what it is.
+PLAIN_FIELDS = ("method", "benchmark", "test_set", "setting", "backbone", "evaluation")
 
 
 def label_fields(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Fewest protocol fields that, beside the shots, tell all rows apart; the method always comes first."""
+    """Fewest protocol fields that, beside the shots, tell all rows apart.
+
+    The method always comes first, then the calibration where it differs: no reader should have to look that up.
+    """
     protocols = [asdict(row.protocol) for row in rows]
-    names = ["method"]
+    names = ["method", *(["calibration"] if len({row.protocol.calibration for row in rows}) > 1 else [])]
     while True:
         groups: dict[tuple, list[dict]] = {}
         for protocol in protocols:
@@ -53,21 +39,30 @@ def label_fields(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def row_label(row: Row, fields: Sequence[str]) -> str:
-    """Short name of a row from the fields that tell rows apart."""
+    """Short name of a row from the fields that tell rows apart; "+ pcb ..." marks a calibrated one."""
     protocol = asdict(row.protocol)
-    plain = ("method", "benchmark", "test_set", "setting", "backbone", "evaluation")
-    return ", ".join(str(protocol[name]) if name in plain else f"{name} {protocol[name]}" for name in fields)
+    calibration = f" + {protocol['calibration']}" if "calibration" in fields and protocol["calibration"] else ""
+    others = (name for name in fields if name not in ("method", "calibration"))
+    return ", ".join([f"{protocol['method']}{calibration}", *(_field_text(name, protocol[name]) for name in others)])
+
+
+def _field_text(name: str, value: object) -> str:
+    if name == "proposals" and not value:
+        return "proposals not recorded"
+    return str(value) if name in PLAIN_FIELDS else f"{name} {value}"
 
 
 def headline_tables(rows: Sequence[Row], metrics: Sequence[str], label: Callable[[Row], str]) -> Iterable[Table]:
-    """The field's usual table for each metric: methods down, shots across."""
+    """The field's usual table for each metric: methods down, shots across; n where rows have other numbers of runs."""
+    same = len({len(row.runs) for row in rows if row.protocol.stage != "base"}) < 2
     for metric in metrics:
         having = [row for row in rows if metric in row.metrics]
         shots = sorted({row.protocol.shot for row in having})
         cells = {}
         for row in having:
             summary = row.summary(metric)
-            cells[label(row), row.protocol.shot] = cell(summary.mean, summary.student)
+            runs = "" if same or row.protocol.stage == "base" else f" (n={len(row.runs)})"
+            cells[label(row), row.protocol.shot] = cell(summary.mean, summary.student) + runs
         names = dict.fromkeys(label(row) for row in having)
         lines = tuple((name, *(cells.get((name, shot), "") for shot in shots)) for name in names)
         header = ("method", *(shot_name(shot) for shot in shots))
@@ -85,7 +80,7 @@ def spread_table(rows: Sequence[Row], metrics: Sequence[str], label: Callable[[R
                 (label(row), str(row.protocol.shot), metric, str(len(s.values)), *(number(value) for value in numbers))
             )
     header = ("method", "shots", "metric", "runs", "mean", "± t 95 %", "legacy ±", "std", "25 %", "median", "75 %")
-    return Table("Spread over runs", header, tuple(lines))
+    return Table("Spread over runs", header, tuple(lines), LEGACY_NOTE, detail=True)
 
 
 def class_tables(rows: Sequence[Row], label: Callable[[Row], str]) -> Iterable[Table]:
@@ -103,22 +98,7 @@ def class_tables(rows: Sequence[Row], label: Callable[[Row], str]) -> Iterable[T
             cells = [cell(summary.mean, summary.student, digits=1) for summary in summaries]
             lines.append((name, "novel" if name in novel else "base", *cells))
         header = ("class", "group", *(shot_name(row.protocol.shot) for row in members))
-        yield Table(f"AP50 by class: {method}", header, tuple(lines))
-
-
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Paired differences with their intervals and p values."""
-    lines = []
-    for item in comparisons:
-        d = item.difference
-        numbers = (cell(d.mean, d.student, sign="+"), str(len(d.seeds)), f"{d.t_test:.3f}", f"{d.wilcoxon:.3f}")
-        lines.append((shot_name(item.shot), item.metric, *numbers))
-    note = (
-        "Differences are taken seed by seed, so that the luck of a draw, which both methods share, cancels. With fewer "
-        "than 6 pairs Wilcoxon's p cannot fall below 0.05."
-    )
-    header = ("shots", "metric", "difference", "pairs", "p (t test)", "p (Wilcoxon)")
-    return Table(f"{comparisons[0].first} minus {comparisons[0].second}, paired by seed", header, tuple(lines), note)
+        yield Table(f"AP50 by class: {method}", header, tuple(lines), detail=True)
 
 
 def cost_table(rows: Sequence[Row], label: Callable[[Row], str]) -> Table:

