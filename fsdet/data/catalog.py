@@ -110,7 +110,25 @@ def load_records(spec: DatasetSpec, sources: DatasetSources, report: LoadReport 
     report = new_report(spec) if report is None else report
     records = _load_voc(spec, sources, report) if spec.benchmark == "voc" else _load_coco(spec, sources, report)
     report.finish(spec.name)
-    return records
+    return _listed(records, sources.test_list) if spec.part == "test" and sources.test_list else records
+
+
+def _listed(records: list[Record], path: Path) -> list[Record]:
+    """The records whose image id stands in a file, one id a line.
+
+    Raises: FileNotFoundError for a missing file; ValueError for an empty one, repeated ids, and ids that no record has.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such list of test images (FEWSHOT.TEST_LIST); leave it empty to test on all"
+        )
+    wanted = path.read_text(encoding="utf-8").split()
+    found = [record for record in records if str(record["image_id"]) in set(wanted)]
+    if not wanted or len(found) != len(wanted):
+        unknown = sorted(set(wanted) - {str(record["image_id"]) for record in records})
+        fault = f"names images that the test set lacks: {unknown[:5]}" if unknown else "is empty or repeats an image"
+        raise ValueError(f"{path} {fault}; FEWSHOT.TEST_LIST holds one image id of the test set a line, each once")
+    return found
 
 
 def _leaked(spec: DatasetSpec, sources: DatasetSources) -> tuple[str, ...]:
@@ -259,6 +277,8 @@ def check_sources(spec: DatasetSpec, sources: DatasetSources) -> None:
         samples, and lists with too few instances.
     """
     prepare = PREPARE[spec.benchmark]
+    if spec.part == "test" and sources.test_list and not sources.test_list.is_file():
+        _listed([], sources.test_list)
     if not sources.root.is_dir():
         raise missing_file(sources.root, "Data set folder", prepare)
     class_names(spec, sources)

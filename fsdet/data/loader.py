@@ -176,6 +176,12 @@ def build_train_loader(
     )
 
 
-def build_test_loader(cfg: Any, dataset_name: str) -> DataLoader[list[dict[str, Any]]]:
-    """Detectron2's test loader (one image a batch, every image once over all processes) with fsdet's mapper."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=FewShotMapper(cfg, False))
+def build_test_loader(cfg: Any, dataset_name: str, *, keep_original: bool = False) -> DataLoader[list[dict[str, Any]]]:
+    """Detectron2's test loader (one image a batch, every image once over all processes) with fsdet's mapper.
+
+    Args:
+        cfg, dataset_name: Detectron2's.
+        keep_original: let the inputs carry "original_image", which calibration needs, so that a file is read once.
+    """
+    mapper = FewShotMapper(cfg, False, keep_original=keep_original)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)

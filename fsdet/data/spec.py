@@ -77,13 +77,14 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class DatasetSources:
-    """Where the files are; relative paths are taken below `root`, which becomes absolute.
+    """Where the files are; relative paths but `test_list` are taken below `root`, which becomes absolute.
 
     Attributes:
         root: the folder that DETECTRON2_DATASETS names.
         samples: folder of the K-shot files; None = "vocsplit", "cocosplit", or "samples" beside an own json.
         voc_train, voc_test: (VOC folder, image set) pairs.
         train_json, train_images, test_json, test_images: COCO-format sets; None = the official places of COCO.
+        test_list: file of image ids, one a line: test images to keep, in their order in the set; None = all.
         novel_classes: names, own data only.
     """
 
@@ -95,6 +96,7 @@ class DatasetSources:
     train_images: Path | None = None
     test_json: Path | None = None
     test_images: Path | None = None
+    test_list: Path | None = None
     novel_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class DatasetSources:
         for key in ("samples", "train_json", "train_images", "test_json", "test_images"):
             value = getattr(self, key)
             object.__setattr__(self, key, self.root / Path(value).expanduser() if value else None)
+        if self.test_list is not None:  # part of the protocol, not of the data: beside the code, not below root
+            object.__setattr__(self, "test_list", Path(self.test_list).expanduser().absolute())
         for key in ("voc_train", "voc_test"):
             object.__setattr__(self, key, tuple((str(folder), str(name)) for folder, name in getattr(self, key)))
         object.__setattr__(self, "novel_classes", tuple(self.novel_classes))

@@ -33,6 +33,7 @@ from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.safe_io import save_text_atomic
 from fsdet.data.drawing import MIN_SIDE, Mark, class_colours, draw_marks
 from fsdet.data.mapper import ImageError
+from fsdet.engine.calibrated import calibrate, recall_or_encode
 from fsdet.engine.setup import load_config, on_this_machine, run_classes
 from fsdet.engine.trainer import build_detector
 
@@ -51,7 +52,7 @@ class Detection:
 
     Attributes:
         class_name: name of its class.
-        score: confidence in [0, 1].
+        score: confidence in [0, 1]; a calibrated one (an average with a cosine) can be below 0.
         box: (x0, y0, x1, y1) in pixels of the picture as it is shown (after its EXIF rotation).
         class_id: position of the class in `Predictor.class_names`.
     """
@@ -64,6 +65,8 @@ class Detection:
 
 class Predictor:
     """A trained detector that takes pictures and gives detections.
+
+    A run that calibrates its detections (TEST.CALIBRATION) does so here as well.
 
     Attributes:
         class_names: classes in the order of the predictor.
@@ -100,7 +103,13 @@ class Predictor:
 
     @classmethod
     def from_run(
-        cls, run: str | Path, *, weights: str | Path = "", threshold: float = 0.5, device: str = ""
+        cls,
+        run: str | Path,
+        *,
+        weights: str | Path = "",
+        threshold: float = 0.5,
+        device: str = "",
+        opts: Sequence[str] = (),
     ) -> Predictor:
         """Predictor of a run folder: its config.yaml, classes.json and model_final.pth.
 
@@ -109,7 +118,9 @@ class Predictor:
             weights: another checkpoint of the run.
             threshold: smallest score that is returned.
             device: "cpu", "cuda", ...; "" = that of the config, or the CPU when there is no GPU.
-        Raises: FileNotFoundError naming the missing file; ValueError when file, config and weights do not fit.
+            opts: KEY VALUE overrides of the run's config, e.g. to switch calibration on.
+        Raises: FileNotFoundError naming the missing file; ValueError when file, config and weights do not fit, and for
+            a class memory of another network or other supports.
         """
         run = Path(run)
         weights = Path(weights) if weights else run / "model_final.pth"
@@ -120,9 +131,14 @@ class Predictor:
                     "classes.json and model_final.pth into its OUTPUT_DIR)"
                 )
         classes = _read_classes(run / "classes.json")
-        cfg = load_config(str(run / "config.yaml"))
         return cls.from_config(
-            cfg, weights, classes["detector"], novel_names=classes["novel"], threshold=threshold, device=device
+            load_config(str(run / "config.yaml"), opts),
+            weights,
+            classes["detector"],
+            novel_names=classes["novel"],
+            threshold=threshold,
+            device=device,
+            memory=run,
         )
 
     @classmethod
@@ -135,6 +151,7 @@ class Predictor:
         novel_names: Sequence[str] = (),
         threshold: float = 0.5,
         device: str = "",
+        memory: str | Path = "",
     ) -> Predictor:
         """Predictor of a configuration (see `fsdet.engine.setup.load_config`) and a weight file.
 
@@ -143,6 +160,8 @@ class Predictor:
             weights: .pth, .safetensors or .pkl that fills the whole model.
             class_names: in predictor order; without it they are looked up in the data that the config names.
             novel_names, threshold, device: as above.
+            memory: folder with the class memory of a calibrated evaluation; "" = OUTPUT_DIR. Without one the supports
+                are encoded.
         Raises: FileNotFoundError; ValueError when the weights do not fill the model or have other classes.
         """
         names = list(class_names or run_classes(cfg))
@@ -155,6 +174,8 @@ class Predictor:
         model = build_detector(cfg)
         FewShotCheckpointer(model, require_full=True, metadata={"classes": names}).load(weights, checkpointables=[])
         novel = tuple(name for name in names if name in set(novel_names))
+        model = calibrate(model, cfg, names, novel)
+        recall_or_encode(model, cfg, memory or cfg.OUTPUT_DIR)
         return cls(model, cfg, names, novel_names=novel, threshold=threshold)
 
     def __call__(
@@ -209,7 +230,8 @@ class Predictor:
         for image in images:
             resized = self.resize.get_transform(image).apply_image(image)
             tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))  # (H, W, 3) -> (3, H, W)
-            inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
+            height, width = image.shape[:2]
+            inputs.append({"image": tensor, "height": height, "width": width, "original_image": image})
         groups: dict[torch.Size, list[int]] = {}
         for index, entry in enumerate(inputs):
             groups.setdefault(entry["image"].shape, []).append(index)

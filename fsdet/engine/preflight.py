@@ -16,6 +16,7 @@ from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, new_report
 from fsdet.data.mapper import ImageError
 from fsdet.data.records import Record
+from fsdet.engine.calibrated import check_calibration
 from fsdet.engine.setup import (
     config_classes,
     dataset_sources,
@@ -45,6 +46,7 @@ def check_run(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> N
         check_sources(train, sources)
     if own:
         check_pictures(test.name, _read_quietly(test, sources))
+    check_calibration(cfg)
     if training and (own or train.shot):
         records = _read_quietly(train, sources)
         check_labels(cfg, records)

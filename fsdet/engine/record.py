@@ -65,11 +65,28 @@ def style_label(cfg: CfgNode) -> str:
 
 
 def test_set_label(cfg: CfgNode) -> str:
-    """Name of the evaluated set; for COCO formats with its annotation file, since 5k and val2017 are two sets."""
+    """Name of the evaluated set; for COCO formats with its annotation file, since 5k and val2017 are two sets.
+
+    A list of test images adds its name.
+    """
     _, test = dataset_specs(cfg)
-    if cfg.FEWSHOT.LAYOUT == "voc":
-        return test.name
-    return f"{test.name}:{json_file(test, dataset_sources(cfg)).stem}"
+    label = test.name
+    if cfg.FEWSHOT.LAYOUT != "voc":
+        label += f":{json_file(test, dataset_sources(cfg)).stem}"
+    return f"{label}:{Path(cfg.FEWSHOT.TEST_LIST).stem}" if cfg.FEWSHOT.TEST_LIST else label
+
+
+def calibration_label(cfg: CfgNode) -> str:
+    """How detections are rescored, e.g. "pcb resnet101 0.5"; "" where they are not."""
+    calibration = cfg.TEST.CALIBRATION
+    if cfg.FEWSHOT.STAGE == "base" or not calibration.ENABLED:
+        return ""
+    bounds = (
+        "" if (calibration.LOWER, calibration.UPPER) == (0.05, 1.0) else f" {calibration.LOWER:g}-{calibration.UPPER:g}"
+    )
+    classes = "" if calibration.CLASSES == "novel" else f" {calibration.CLASSES}"
+    boxes = " legacy-boxes" if calibration.LEGACY_BOXES else ""
+    return f"pcb {calibration.NETWORK} {calibration.ALPHA:g}{bounds}{classes}{boxes}"
 
 
 def base_model_digest(cfg: CfgNode) -> str:
@@ -122,8 +139,11 @@ def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
         records=fewshot.RECORDS,
         leak=fewshot.LEAK,
         difficult=fewshot.DIFFICULT,
+        calibration=calibration_label(cfg),
+        proposals=cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
         **origin,
         seed=fewshot.SEED,
+        repeat=fewshot.REPEAT,
         samples_digest=_if_there(lambda: digest_of(sample_files(train, sources)), None) if novel else None,
     )
 

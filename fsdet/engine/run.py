@@ -27,6 +27,7 @@ from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_text_atomi
 from fsdet.data.loader import build_test_loader
 from fsdet.data.mapper import FewShotMapper
 from fsdet.data.support import SupportSet
+from fsdet.engine.calibrated import calibrate, encode_or_recall, is_calibrated
 from fsdet.engine.preflight import check_run
 from fsdet.engine.record import (
     Cost,
@@ -41,7 +42,6 @@ from fsdet.engine.trainer import Trainer, autocast, build_detector
 from fsdet.evaluation.diagnosis import diagnose, is_novel_zero, proposal_recall
 from fsdet.evaluation.evaluator import FewShotEvaluator, build_evaluator
 from fsdet.evaluation.result import reset_peak_memory
-from fsdet.modeling.base import condition_on_support
 from fsdet.modeling.freeze import trainable_prefixes
 
 logger = logging.getLogger(__name__)
@@ -154,13 +154,18 @@ def make_evaluator(cfg: CfgNode) -> FewShotEvaluator:
 def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotEvaluator]:
     """Evaluate on DATASETS.TEST; a detector with supports encodes them once, before the first image.
 
+    Calibrates where the configuration says so. The class memory is kept in OUTPUT_DIR, and taken from there on a
+    machine without the support pictures.
+
     Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …} (empty on all but the main process), and the evaluator.
     """
-    condition_on_support(model, lambda: build_support(cfg))
+    model = calibrate(model, cfg)
+    encode_or_recall(model, lambda: build_support(cfg), cfg.OUTPUT_DIR)
     (name,) = cfg.DATASETS.TEST
     evaluator = make_evaluator(cfg)
+    loader = build_test_loader(cfg, name, keep_original=is_calibrated(cfg))
     with autocast(cfg):
-        results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+        results = inference_on_dataset(model, loader, evaluator)
     return dict(results.get("bbox", {})), evaluator
 
 
@@ -262,6 +267,7 @@ class Evaluation:
     def __call__(self) -> dict[str, dict[str, float]]:
         """Metrics that have a value, as Detectron2's evaluation hook wants them."""
         started = time.perf_counter()
+        self.model = calibrate(self.model, self.cfg)  # once: later evaluations find network and prototypes in it
         self.metrics, self.evaluator = evaluate(self.cfg, self.model)
         self.seconds = time.perf_counter() - started
         finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}

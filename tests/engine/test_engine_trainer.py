@@ -13,6 +13,7 @@ import torch
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.data.mapper import ImageError
+from fsdet.engine import run as engine_run
 from fsdet.engine.run import run
 from fsdet.evaluation.result import read_result
 
@@ -192,6 +193,17 @@ def test_fresh_training_forgets_former_checkpoints(write_config, tmp_path):
     stale = write_config(SOLVER={"MAX_ITER": 1, "STEPS": [], "CHECKPOINT_PERIOD": 1000})
     run(stale)
     assert load_weights(tmp_path / "run" / (tmp_path / "run" / "last_checkpoint").read_text())["iteration"] == 0
+
+
+def test_training_time_leaves_evaluations_out(write_config, tmp_path, monkeypatch):
+    """On a clock that every evaluation puts forward by an hour."""
+    clock, hours = time.perf_counter, []
+    monkeypatch.setattr("fsdet.engine.trainer.time.perf_counter", lambda: clock() + 3600 * len(hours))
+    evaluate = engine_run.evaluate
+    monkeypatch.setattr(engine_run, "evaluate", lambda *args: hours.append(1) or evaluate(*args))
+    run(write_config(), ["TEST.EVAL_PERIOD", "2"])
+    seconds = read_result(tmp_path / "run" / "result.json").seconds
+    assert len(hours) == 3 and seconds["train"] < 3600 <= seconds["eval"]
 
 
 def test_periodic_evaluation_changes_no_weight(write_config, tmp_path):
