@@ -20,19 +20,34 @@ from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_atomic, sa
 
 Table = Sequence[tuple[str, str | None]]
 
-# TFA (ucbdrive/few-shot-object-detection, Detectron2 0.2 names): the module names are Detectron2's to this day. What
-# has gone since are the buffers of anchors and pixel statistics, which the configuration sets now. The learnable scale
-# of the cosine classifier belongs to the classifier here.
-OFFICIAL_TFA: Table = (
+# Buffers of anchors and pixel statistics, which older versions of Detectron2 saved and the configuration sets now.
+_GONE: Table = (
     (r"(module\.)?proposal_generator\.anchor_generator\.cell_anchors\.\d+$", None),
     (r"(module\.)?pixel_(mean|std)$", None),
+)
+# Modules of the official codes that have Detectron2's names to this day.
+_SAME: Table = (
     (r"(module\.)?backbone\.", "backbone."),
     (r"(module\.)?proposal_generator\.rpn_head\.", "proposal_generator.rpn_head."),
-    (r"(module\.)?roi_heads\.box_predictor\.scale$", "roi_heads.box_predictor.cls_score.scale"),
     (r"(module\.)?roi_heads\.", "roi_heads."),
 )
 
-TABLES: dict[str, Table] = {"tfa": OFFICIAL_TFA}
+# TFA (ucbdrive/few-shot-object-detection). The learnable scale of the cosine classifier belongs to the classifier here.
+OFFICIAL_TFA: Table = (
+    *_GONE,
+    (r"(module\.)?roi_heads\.box_predictor\.scale$", "roi_heads.box_predictor.cls_score.scale"),
+    *_SAME,
+)
+
+# DeFRCN (er-muyue/DeFRCN). The affine layers belong to the branches that read through them here.
+OFFICIAL_DEFRCN: Table = (
+    *_GONE,
+    (r"(module\.)?affine_rpn\.", "proposal_generator.decouple.res4."),
+    (r"(module\.)?affine_rcnn\.", "roi_heads.decouple.res4."),
+    *_SAME,
+)
+
+TABLES: dict[str, Table] = {"defrcn": OFFICIAL_DEFRCN, "tfa": OFFICIAL_TFA}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -109,11 +109,22 @@ def run_origin(cfg: CfgNode) -> dict[str, str]:
     return {"base_model": base_model_digest(cfg), "pretraining": "" if novel else pretraining_label(cfg)}
 
 
+def _evaluated_state(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, Any]:
+    """Content of the checkpoint that is evaluated; empty for a name that is no file."""
+    path = Path(cfg.MODEL.WEIGHTS or checkpointer.get_checkpoint_file())
+    return load_weights(path) if path.is_file() else {}
+
+
 def evaluated_origin(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, str]:
     """`run_origin` as the evaluated checkpoint records it, so that the result groups with its training's."""
-    path = Path(checkpointer.get_checkpoint_file()) if not cfg.MODEL.WEIGHTS else Path(cfg.MODEL.WEIGHTS)
-    recorded = load_weights(path).get(METADATA_KEY, {}) if path.is_file() else {}
+    recorded = _evaluated_state(cfg, checkpointer).get(METADATA_KEY, {})
     return recorded["origin"] if "origin" in recorded else run_origin(cfg)
+
+
+def evaluated_cost(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> Cost:
+    """What the training of the evaluated checkpoint cost; nothing where the file does not say."""
+    state = _evaluated_state(cfg, checkpointer)
+    return Cost(state["trainer"]["seconds"], state["iteration"] + 1) if "trainer" in state else Cost()
 
 
 def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
@@ -162,8 +173,13 @@ def _if_there(read: Callable[[], T], otherwise: T) -> T:
 
 
 def result_digest(cfg: CfgNode) -> str:
-    """Digest of the recipe behind a result: the configuration without folders, device and draw."""
-    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT"))
+    """Digest of the recipe behind a result: the configuration without folders, device and draw.
+
+    Switches that are off are left out with what belongs to them, so that results stay valid when they are added.
+    """
+    unused = [] if calibration_label(cfg) else ["TEST.CALIBRATION"]
+    unused += [] if cfg.FEWSHOT.TEST_LIST else ["FEWSHOT.TEST_LIST"]
+    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT", *unused))
 
 
 # What may change between the parts of one run: its length, how a step is computed, what is kept and tested.

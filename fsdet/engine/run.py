@@ -32,6 +32,7 @@ from fsdet.engine.preflight import check_run
 from fsdet.engine.record import (
     Cost,
     check_fresh,
+    evaluated_cost,
     evaluated_origin,
     record_result,
     resume_digest,
@@ -226,7 +227,7 @@ def run(
         detector = build_detector(cfg)
         checkpointer = FewShotCheckpointer(detector, cfg.OUTPUT_DIR, metadata=metadata)
         load_for_run(cfg, checkpointer, resume=resume, training=False)
-        measured, cost = Evaluation(cfg, detector), Cost()
+        measured, cost = Evaluation(cfg, detector), evaluated_cost(cfg, checkpointer)
         measured()
     else:
         metadata |= {"origin": run_origin(cfg), "recipe": resume_digest(cfg)}

@@ -21,7 +21,7 @@ from fsdet.data.catalog import DatasetSources, DatasetSpec, class_split, registe
 from fsdet.data.splits import ClassSplit
 from fsdet.engine.schedule import apply_schedule
 from fsdet.engine.validate import validate
-from fsdet.methods import add_method_configs
+from fsdet.methods import add_method_configs, complete_method_configs
 from fsdet.modeling import add_modeling_config
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
         _refuse_changed_protocol(config_file, resolved, cfg.FEWSHOT)
     else:
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
+        complete_method_configs(cfg)
         derive(cfg, opts, recipe)
     validate(cfg)
     cfg.freeze()

@@ -1,19 +1,28 @@
 """The methods of the suite. A new one is a module (or a folder) here and one line in METHODS.
 
 A method module registers its classes in Detectron2's registries when imported and declares its config keys in
-`add_config(cfg)`. Methods do not know each other.
+`add_config(cfg)`. One whose classes stand in for those of a network file does so in `complete_config(cfg)`. Methods do
+not know each other.
 """
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from fsdet.methods import tfa
+from fsdet.methods import defrcn, tfa
 
-METHODS = (tfa,)
+METHODS = (defrcn, tfa)
 
 
 def add_method_configs(cfg: CfgNode) -> None:
     """Declare the config keys of every method; call it on a copy of Detectron2's defaults."""
     for method in METHODS:
         method.add_config(cfg)
+
+
+def complete_method_configs(cfg: CfgNode) -> None:
+    """Let the methods fit the merged configuration to its network; call it once, before anything is derived."""
+    for method in METHODS:
+        complete = getattr(method, "complete_config", None)
+        if complete is not None:
+            complete(cfg)

@@ -19,6 +19,10 @@ def add_modeling_config(cfg: CfgNode) -> None:
     # registered ("cosine"). Official values are class names: FastRCNNOutputLayers, CosineSimOutputLayers.
     cfg.MODEL.ROI_HEADS.OUTPUT_LAYER = "linear"
 
+    # C4 heads: pool and compute only those cells of a region that the strided 1x1 convolutions of res5 read, a quarter
+    # of them. Without effect where the stride is in the 3x3 convolutions. False: as Detectron2, bit for bit.
+    cfg.MODEL.ROI_HEADS.SKIP_UNREAD_CELLS = True
+
     cfg.MODEL.IGNORE_REGIONS = CfgNode()
     # An anchor or proposal lies in an ignore region when this share of its own area does; in (0, 1]. Our choice: half.
     cfg.MODEL.IGNORE_REGIONS.IOA_THRESH = 0.5

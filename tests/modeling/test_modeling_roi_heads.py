@@ -15,7 +15,7 @@ def test_known_predictors(tiny_cfg):
     cfg = tiny_cfg("fpn", **{"MODEL.ROI_HEADS.OUTPUT_LAYER": "linear"})
     assert type(build_box_predictor(cfg, ShapeSpec(channels=8))) is FastRCNNOutputLayers
     cfg.MODEL.ROI_HEADS.OUTPUT_LAYER = "cosin"
-    with pytest.raises(ValueError, match=r"OUTPUT_LAYER: got 'cosin', expected one of \['cosine', 'linear'"):
+    with pytest.raises(ValueError, match=r"OUTPUT_LAYER: got 'cosin', expected one of \['cosine', 'dropout', 'linear'"):
         build_model(cfg)
 
 
