@@ -1,124 +1,148 @@
-"""Base run -> surgery -> methods x settings x shots x seeds, one run after the other, finished runs skipped."""
+"""Base runs -> surgery -> methods x settings x shots x seeds.
+
+`sweep_plan` says what there is to do. `Workers` do it: in this process, in processes of their own (`sweep_jobs`), or as
+Slurm jobs (`sweep_slurm`). What is done is read from the run folders alone, so a sweep may be killed at any moment, and
+the same sweep started again goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from detectron2.config import CfgNode
-
 from fsdet.checkpoint.surgery import surgery_file
-from fsdet.engine.record import RESULT_FILE, result_digest
-from fsdet.engine.run import run
+from fsdet.engine.record import RESULT_FILE
+from fsdet.engine.run import run as do_run
 from fsdet.engine.setup import config_classes, load_config, run_classes
-from fsdet.evaluation.result import read_result
+from fsdet.engine.sweep_plan import MODEL_FILE, Sweep, check_shots, make_plan
+from fsdet.engine.sweep_progress import finished_result, remaining, result_line
+from fsdet.engine.sweep_run import InProcess, PlannedRun, Workers, run_lock
+from fsdet.evaluation.result import RunResult
+
+__all__ = ["IncompleteSweep", "Sweep", "make_plan", "make_weights", "perform", "result_files", "run_sweep"]
 
 logger = logging.getLogger(__name__)
 
+LOCK_SECONDS = 30.0  # a run whose sweep was killed is still saving when the same sweep starts again
 
-@dataclass(frozen=True)
-class Sweep:
-    """What to run.
+
+class IncompleteSweep(RuntimeError):
+    """Some runs have no result.
 
     Attributes:
-        base: config file of the base stage; None when the novel stages start from files that exist.
-        novel: config files of the novel stages, one a method.
-        shots: K values.
-        seeds: draws of the K shots.
-        settings: "gfsod" and/or "fsod".
-        novel_only: config file of the novel-only predictor that a `combine` surgery takes its novel rows from.
-        model: network that replaces the configs' own, see `load_config`.
-        opts: KEY VALUE overrides of every run.
-        base_opts: further overrides of the base run.
+        missing: folder -> why.
+        results: result.json of every run that has one.
+        complete: those in rows (runs that differ in seed and repetition alone) of which no run is missing.
     """
 
-    base: str | None
-    novel: tuple[str, ...]
-    shots: tuple[int, ...]
-    seeds: tuple[int, ...]
-    settings: tuple[str, ...] = ("gfsod",)
-    novel_only: str | None = None
-    model: str | None = None
-    opts: tuple[str, ...] = ()
-    base_opts: tuple[str, ...] = ()
-
-    def novel_runs(self) -> Iterator[tuple[str, list[str]]]:
-        """(config file, overrides) of every novel run; seeds vary fastest."""
-        for config_file, setting, shot, seed in product(self.novel, self.settings, self.shots, self.seeds):
-            yield config_file, [*self.opts, *novel_opts(setting, shot, seed)]
+    def __init__(self, plan: Sequence[PlannedRun], missing: Mapping[str, str]) -> None:
+        lines = [f"{folder}: {reason}" for folder, reason in missing.items()]
+        super().__init__(
+            f"{len(missing)} of {len(plan)} runs have no result. The others are kept, and the same command does only "
+            "these:\n  " + "\n  ".join(lines)
+        )
+        lost = {run.row for run in plan if run.folder in missing}
+        self.missing = dict(missing)
+        self.results = result_files([run for run in plan if run.folder not in missing])
+        self.complete = result_files([run for run in plan if run.folder not in missing and run.row not in lost])
 
 
-def novel_opts(setting: str, shot: int, seed: int) -> list[str]:
-    """Overrides that name one novel run."""
-    return ["FEWSHOT.SETTING", setting, "FEWSHOT.SHOT", str(shot), "FEWSHOT.SEED", str(seed)]
+def result_files(plan: Sequence[PlannedRun]) -> list[Path]:
+    """Where the runs leave their results; runs that only feed a surgery are no results of a sweep."""
+    return [Path(run.folder) / RESULT_FILE for run in plan if run.kind != "novel-only"]
 
 
 def run_sweep(
-    sweep: Sweep, *, quiet: bool = False, on_result: Callable[[Path], None] = lambda path: None
+    sweep: Sweep,
+    *,
+    quiet: bool = False,
+    on_result: Callable[[Path], None] = lambda path: None,
+    workers: Workers | None = None,
+    limit: int | None = None,
+    say: Callable[[str], None] = logger.info,
 ) -> list[Path]:
-    """Do all runs; a failing novel run is reported at the end and does not stop the others.
+    """Do all runs that are not done; a failing one is reported at the end and stops only those that need it.
 
     Args:
         sweep: what to run.
         quiet: keep the runs' log lines off the console (they are in each run's log.txt).
         on_result: called with each run's result.json, as soon as it is there.
-    Returns: the result.json of every run, the base run's first.
-    Raises: ValueError for a plan that cannot work, before any work; RuntimeError naming the runs that failed.
+        workers: who does the runs; None for this process, one after the other.
+        limit: do at most so many runs now.
+        say: receives a line for each run that ends, with the time left.
+    Returns: the result.json of every run, the base runs' first.
+    Raises: ValueError for a plan that cannot work, before any work; IncompleteSweep (a RuntimeError) naming the runs
+        without a result; SystemExit with 128 + the signal's number after an orderly stop.
     """
-    plan = [(file, opts, load_config(file, opts, model=sweep.model)) for file, opts in sweep.novel_runs()]
-    if any(cfg.FEWSHOT.SURGERY == "combine" for _, _, cfg in plan) and not sweep.novel_only:
-        raise ValueError("FEWSHOT.SURGERY combine needs --novel-only, the config of the novel-only predictor")
-    results, failed = [], []
-    if sweep.base:
-        results.append(finish(sweep.base, [*sweep.opts, *sweep.base_opts], sweep.model, quiet=quiet))
-        on_result(results[-1])
-    for file, opts, cfg in plan:
-        try:
-            prepare_weights(cfg, sweep)
-            results.append(finish(file, opts, sweep.model, quiet=quiet))
-            on_result(results[-1])
-        except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-            logger.exception("%s failed", cfg.OUTPUT_DIR)
-            failed.append(f"{cfg.OUTPUT_DIR}: {error}")
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(plan)} runs failed; the others are kept, the same command repeats only these:\n  "
-            + "\n  ".join(failed)
-        )
-    return results
+    if limit is not None and limit < 1:
+        raise ValueError(f"A limit of {limit} runs leaves nothing to do")
+    plan = make_plan(sweep)
+    workers = workers or InProcess()
+    done = {run: result for run in plan if (result := finished_result(run))}
+    check_shots(plan, done)
+    todo = [run for run in plan if run not in done][:limit]
+    for path in result_files([*done]):
+        on_result(path)
+    say(f"{len(plan)} runs, {len(done)} done; {remaining(todo, done, workers.width)}")
+    missing: dict[str, str] = {}
+    with contextlib.closing(workers.work_off(todo, partial(perform, quiet=quiet), make_weights)) as ended:
+        for run, told in ended:
+            result, reason = _outcome(run, told)
+            if result:
+                done[run] = result
+            else:
+                missing[run.folder] = reason
+            what = result_line(run, result) if result else f"{run.folder}: NO RESULT, {reason}"
+            ahead = [other for other in todo if other not in done and other.folder not in missing]
+            say(f"[{len(done) + len(missing)}/{len(plan)}] {what}; {remaining(ahead, done, workers.width)}")
+            for path in result_files([run] if result else []):
+                on_result(path)
+    left = {run.folder: "left for the next call" for run in plan if run not in done and run.folder not in missing}
+    if missing or left:
+        raise IncompleteSweep(plan, missing | left)
+    return result_files(plan)
 
 
-def finish(config_file: str, opts: Sequence[str], model: str | None, *, quiet: bool = False) -> Path:
-    """Run (resuming what a kill left) unless the run has its result; returns the path of result.json.
+def _outcome(run: PlannedRun, reason: str) -> tuple[RunResult | None, str]:
+    """The result of a run that has ended, or why there is none: its folder decides, not what the worker says."""
+    try:
+        result = finished_result(run)
+    except ValueError as error:
+        return None, str(error)
+    if result and reason:
+        logger.warning("%s has its result, but: %s", run.folder, reason)
+    return result, reason or "ended without a result"
 
-    Raises: ValueError when a result of another configuration lies in the same folder.
+
+def perform(run: PlannedRun, *, quiet: bool = True) -> None:
+    """Do one planned run (resuming what a kill left) unless it has its result.
+
+    Raises: ValueError when a result of another configuration lies in its folder; RunLockedError while another process
+        does this run; what `fsdet.engine.run.run` raises.
     """
-    cfg = load_config(config_file, opts, model=model)
-    path = Path(cfg.OUTPUT_DIR) / RESULT_FILE
-    if path.exists():
-        if read_result(path).config_digest != result_digest(cfg):
-            raise ValueError(
-                f"{path} belongs to another configuration than {config_file} {' '.join(opts)}. Remove its folder to run"
-                " again, or set FEWSHOT.OUTPUT to a new one"
-            )
-        logger.info("%s is finished: skipped", cfg.OUTPUT_DIR)
-        return path
-    run(config_file, opts, model=model, resume=True, quiet=quiet)
-    return path
+    if finished_result(run):
+        logger.info("%s is finished: skipped", run.folder)
+        return
+    evaluates = run.kind == "evaluation"
+    with run_lock(run.folder, wait=LOCK_SECONDS):
+        if not finished_result(run):  # another sweep may have ended it just now
+            do_run(run.config_file, run.opts, run.model, resume=not evaluates, eval_only=evaluates, quiet=quiet)
 
 
-def prepare_weights(cfg: CfgNode, sweep: Sweep) -> None:
+def make_weights(run: PlannedRun) -> None:
     """Make the surgered file that a novel run starts from, unless it is there."""
+    if run.kind not in ("novel", "novel-only"):
+        return
+    cfg = load_config(run.config_file, run.opts, model=run.model)
     weights = Path(cfg.MODEL.WEIGHTS)
-    source = Path(cfg.FEWSHOT.BASE_RUN) / "model_final.pth"
+    source = Path(cfg.FEWSHOT.BASE_RUN) / MODEL_FILE
     if weights.exists() or weights.parent != source.parent or not source.exists():
         return  # own weights, or nothing to make them from: the run's own check says what is missing
-    classes, novel_source = config_classes(cfg), None
-    if cfg.FEWSHOT.SURGERY == "combine":
-        novel_source = _novel_predictor(cfg, sweep)
+    classes = config_classes(cfg)
+    novel_source = Path(run.novel_source) / MODEL_FILE if run.novel_source else None
     surgery_file(
         source,
         weights,
@@ -129,12 +153,3 @@ def prepare_weights(cfg: CfgNode, sweep: Sweep) -> None:
         novel_classes=classes.novel if novel_source else None,
     )
     logger.info("Wrote %s (%s)", weights, cfg.FEWSHOT.SURGERY)
-
-
-def _novel_predictor(cfg: CfgNode, sweep: Sweep) -> Path:
-    """Train the novel-only predictor on the same K shots; returns its checkpoint."""
-    assert sweep.novel_only, "run_sweep has checked this"
-    opts = [*sweep.opts, *novel_opts("fsod", cfg.FEWSHOT.SHOT, cfg.FEWSHOT.SEED)]
-    novel_cfg = load_config(sweep.novel_only, opts, model=sweep.model)
-    prepare_weights(novel_cfg, sweep)
-    return finish(sweep.novel_only, opts, sweep.model).with_name("model_final.pth")

@@ -1,12 +1,16 @@
 """Sweeps: base, surgery, methods x shots x seeds; skipping, failing, combining."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.engine.run import run
-from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.engine.sweep import IncompleteSweep, Sweep, run_sweep
+from fsdet.engine.sweep_jobs import LocalJobs, cpu_slots
+from fsdet.engine.trainer import Trainer
 from fsdet.evaluation.result import read_result
 
 
@@ -80,10 +84,50 @@ def test_combine_takes_rows_of_the_same_shots(plan, tmp_path):
 
 def test_failed_run_does_not_stop_the_others(plan, tmp_path):
     sweep = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1, 5), seeds=(0,))  # there are no 5-shot lists
-    with pytest.raises(RuntimeError, match="1 of 2 runs failed") as error:
+    with pytest.raises(RuntimeError, match="1 of 3 runs have no result") as error:
         run_sweep(sweep)
-    assert "5shot_seed0" in str(error.value)
+    assert "5shot_seed0: " in str(error.value) and "full_box_5shot_red" in str(error.value)
     assert (tmp_path / "out/cos/squares/gfsod/1shot_seed0/result.json").exists()
+
+
+def test_runs_in_processes_of_their_own(plan, tmp_path):
+    """Two at once, one of which fails; its row is reported as missing, the others are complete."""
+    sweep = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1, 5), seeds=(0,))
+    with pytest.raises(IncompleteSweep) as error:
+        run_sweep(sweep, limit=1)
+    assert list(error.value.missing.values()) == ["left for the next call"] * 2
+    (base,) = error.value.results
+    before = base.stat().st_mtime_ns
+    with pytest.raises(IncompleteSweep) as error:
+        run_sweep(sweep, quiet=True, workers=LocalJobs(cpu_slots(2)))
+    good, bad = (tmp_path / f"out/cos/squares/gfsod/{k}shot_seed0" for k in (1, 5))
+    assert error.value.complete == [base, good / "result.json"] and base.stat().st_mtime_ns == before
+    ((folder, reason),) = error.value.missing.items()
+    assert folder == str(bad) and "FileNotFoundError" in reason and reason.endswith(f"({bad / 'worker.log'})")
+    assert "full_box_5shot_red" in reason and not (good / "worker.log").exists()
+    assert read_result(good / "result.json").iterations == 2
+
+
+def test_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch):
+    """SIGTERM in the second iteration of the novel run: the base run is kept, the novel one resumed."""
+    step, base = Trainer.run_step, tmp_path / "out/base/squares/base"
+
+    def step_and_stop(trainer):
+        if "cos" in trainer.cfg.OUTPUT_DIR and trainer.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(trainer)
+
+    sweep = Sweep(base=plan["base"], novel=(plan["cos"],), shots=(1,), seeds=(0,), opts=("SOLVER.MAX_ITER", "4"))
+    monkeypatch.setattr(Trainer, "run_step", step_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        run_sweep(sweep)
+    assert stop.value.code == 143 and not list((tmp_path / "out/cos").rglob("result.json"))
+    before = {path: path.stat().st_mtime_ns for path in base.glob("*.*")}
+    steps = []
+    monkeypatch.setattr(Trainer, "run_step", lambda trainer: (steps.append(trainer.iter), step(trainer)))
+    results = run_sweep(sweep)
+    assert steps == [2, 3] and read_result(results[1]).iterations == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_novel_stage_without_surgery(plan, tmp_path):
