@@ -1,14 +1,18 @@
 """Benchmarks run and compare what they say; no time is asserted."""
 
+import torch
+
 import fsdet.engine.benchmark as benchmark
-from fsdet.engine.benchmark import BENCHMARKS, Pair, run_benchmarks, time_pair
+from fsdet.engine import benchmark_defrcn
+from fsdet.engine.benchmark import BENCHMARKS, run_benchmarks
+from fsdet.engine.benchmark_parts import Pair, measure_pair, peak_mib
 
 
 def test_pairs_are_timed_in_turn():
     calls = []
-    pair = time_pair("x", ("a", lambda: calls.append("a")), ("b", lambda: calls.append("b")), rounds=2)
+    pair = measure_pair("x", ("a", lambda: calls.append("a")), ("b", lambda: calls.append("b")), rounds=2)
     assert calls == ["a", "b"] * 3
-    assert len(pair.first_seconds) == len(pair.second_seconds) == 2
+    assert len(pair.first_costs) == len(pair.second_costs) == 2
 
 
 def test_ratio_is_the_median_of_the_rounds():
@@ -28,3 +32,29 @@ def test_model_pairs_run(monkeypatch):
     monkeypatch.setattr(benchmark, "_config", lambda size, *opts: original(size, *narrow, *opts))
     lines = [pair.line() for pair in run_benchmarks(["tfa-freeze", "heads", "precision"], rounds=1, size=64)]
     assert len(lines) == 3
+
+
+def test_memory_is_what_the_work_adds():
+    held = torch.ones(2**20)
+    assert 30 < peak_mib(lambda: torch.ones(2**23).sum()) < 50  # 32 MiB
+    assert held.sum() == 2**20
+
+
+def test_calibration_pair_detects_the_same(monkeypatch):
+    """On a narrow network; the pair itself compares the two sides before it is timed."""
+    narrow = (
+        "MODEL.RESNETS.DEPTH",
+        "50",
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        "4",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "16",
+    )
+    narrow += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RPN.POST_NMS_TOPK_TEST", "50")
+    original = benchmark_defrcn._config
+    monkeypatch.setattr(benchmark_defrcn, "_config", lambda file, size, *opts: original(file, size, *narrow, *opts))
+    (_, ours), (_, plain) = BENCHMARKS["calibration"](64)
+    calibrated, raw = ours(), plain()
+    assert len(calibrated) == len(raw) > 0 and not torch.equal(calibrated.scores, raw.scores)
+    lines = [pair.line() for pair in run_benchmarks(["defrcn-train"], rounds=1, size=64, threads=1)]
+    assert len(lines) == 1
