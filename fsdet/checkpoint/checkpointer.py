@@ -75,6 +75,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
 
     Attributes:
         report: LoadReport of the last load; None before the first one.
+        source: file or address of the last load; "" when there was none.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self.require_full = require_full
         self.metadata = dict(metadata or {})
         self.report: LoadReport | None = None
-        self._source = ""
+        self.source = ""
         self._use_heuristics = False
         self._already_read: dict[str, dict[str, Any]] = {}
         self._loading: dict[str, Any] = {}
@@ -112,7 +113,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         path = os.fspath(path or "")
         self._use_heuristics = path.endswith(_HEURISTICS_QUERY)
         path = path.removesuffix(_HEURISTICS_QUERY)
-        self._source, self.report = path, None
+        self.source, self.report = path, None
         if path and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint {path} not found; check MODEL.WEIGHTS")
         try:
@@ -146,18 +147,18 @@ class FewShotCheckpointer(DetectionCheckpointer):
         if in_file is None or in_model is None:
             return
         remedy = (
-            f'Adapt it by class names: "python tools/surgery.py randinit --src {self._source} --output NEW.pth --split '
+            f'Adapt it by class names: "python tools/surgery.py randinit --src {self.source} --output NEW.pth --split '
             '..." keeps the base rows and adds the novel ones, "... remove" drops the predictor.'
         )
         if in_file != in_model:
             raise ValueError(
-                f"{self._source} has a predictor of {in_file} classes, the model has {in_model} "
+                f"{self.source} has a predictor of {in_file} classes, the model has {in_model} "
                 f"(MODEL.ROI_HEADS.NUM_CLASSES). {remedy}"
             )
         recorded, own = recorded_classes(checkpoint), tuple(self.metadata.get("classes") or ())
         if recorded and own and recorded != own:
             raise ValueError(
-                f"{self._source} was trained on other classes or in another order: "
+                f"{self.source} was trained on other classes or in another order: "
                 f"{first_difference(recorded, own)}. {remedy}"
             )
 
@@ -180,12 +181,12 @@ class FewShotCheckpointer(DetectionCheckpointer):
         )
         if self.require_full and not self.report.is_full:
             raise ValueError(
-                f"{self._source} does not fit the model exactly, which is required here: {self.report.describe()}\n"
+                f"{self.source} does not fit the model exactly, which is required here: {self.report.describe()}\n"
                 "Use the configuration that the file was trained with."
             )
         if self.strict_heads and any("box_predictor." in name for name in other_shape):
             raise ValueError(
-                f"{self._source} has a box predictor of another shape: {self.report.describe()}\n"
+                f"{self.source} has a box predictor of another shape: {self.report.describe()}\n"
                 "Use the same MODEL.ROI_BOX_HEAD settings, or drop the predictor with tools/surgery.py remove."
             )
         return incompatible

@@ -96,7 +96,7 @@ def read_supports(cfg: CfgNode) -> SupportSet:
 def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], folder: str | Path) -> None:
     """Give a detector its class memory before an evaluation.
 
-    It is encoded anew and kept below `folder`. Where the support pictures are absent, the one kept there is taken.
+    It is kept below `folder`, and only classes whose supports have changed since are encoded again. Where the support pictures are absent, the one kept there is taken.
 
     Args:
         model: any detector; one without memory is left alone.
@@ -104,6 +104,8 @@ def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], 
         folder: OUTPUT_DIR.
     Raises: FileNotFoundError when pictures and memory are absent; ValueError for a memory of another network.
     """
+    is_encoded = True
+    _reuse(model, folder)
     try:
         if not condition_on_support(model, build_support):
             return
@@ -114,10 +116,26 @@ def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], 
             raise
         model.keep_class_memory(_recall(model, path))
         logger.warning("Calibrating with %s: the supports are not here (%s)", path, error)
-        return
-    comm.synchronize()  # nobody reads the former one any more
-    if isinstance(model, CalibratedDetector) and comm.is_main_process():
+        is_encoded = False
+    # Nobody reads the former one any more. Every process comes by here, also one that lacks the supports.
+    comm.synchronize()
+    if is_encoded and isinstance(model, CalibratedDetector) and comm.is_main_process():
         model.class_memory.save(Path(folder) / MEMORY)
+
+
+def _reuse(model: nn.Module, folder: str | Path) -> None:
+    """Hand the prototypes of an earlier evaluation to a model without any; its encoding takes over what still holds."""
+    path = Path(folder) / MEMORY
+    if (
+        not isinstance(model, CalibratedDetector)
+        or model.has_class_memory
+        or not path.with_name(f"{MEMORY}.json").is_file()
+    ):
+        return
+    try:
+        model.keep_class_memory(_recall(model, path))
+    except ValueError as error:  # of another network, or damaged: encoded anew
+        logger.info("Prototypes are made anew: %s", error)
 
 
 def recall_or_encode(model: nn.Module, cfg: CfgNode, folder: str | Path) -> None:

@@ -15,6 +15,7 @@ from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
 from fsdet.data.catalog import json_file, sample_files
 from fsdet.data.seeds import check_manifest, digest_of
+from fsdet.engine.calibrated import is_calibrated
 from fsdet.engine.setup import config_classes, dataset_sources, dataset_specs, run_classes
 from fsdet.evaluation.result import (
     RUN_KEYS,
@@ -77,16 +78,20 @@ def test_set_label(cfg: CfgNode) -> str:
 
 
 def calibration_label(cfg: CfgNode) -> str:
-    """How detections are rescored, e.g. "pcb resnet101 0.5"; "" where they are not."""
+    """How detections are rescored, e.g. "pcb resnet101:5d3b4d8f 0.5"; "" where they are not.
+
+    Network, first digits of its file's sha256, weight of the detector's score; whatever else is not the default.
+    """
     calibration = cfg.TEST.CALIBRATION
-    if cfg.FEWSHOT.STAGE == "base" or not calibration.ENABLED:
+    if not is_calibrated(cfg):
         return ""
     bounds = (
         "" if (calibration.LOWER, calibration.UPPER) == (0.05, 1.0) else f" {calibration.LOWER:g}-{calibration.UPPER:g}"
     )
     classes = "" if calibration.CLASSES == "novel" else f" {calibration.CLASSES}"
     boxes = " legacy-boxes" if calibration.LEGACY_BOXES else ""
-    return f"pcb {calibration.NETWORK} {calibration.ALPHA:g}{bounds}{classes}{boxes}"
+    network = f"{calibration.NETWORK}:{sha256_of(calibration.WEIGHTS)[:8]}"
+    return f"pcb {network} {calibration.ALPHA:g}{bounds}{classes}{boxes}"
 
 
 def base_model_digest(cfg: CfgNode) -> str:
@@ -109,22 +114,23 @@ def run_origin(cfg: CfgNode) -> dict[str, str]:
     return {"base_model": base_model_digest(cfg), "pretraining": "" if novel else pretraining_label(cfg)}
 
 
-def _evaluated_state(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, Any]:
-    """Content of the checkpoint that is evaluated; empty for a name that is no file."""
-    path = Path(cfg.MODEL.WEIGHTS or checkpointer.get_checkpoint_file())
+def _evaluated_state(checkpointer: FewShotCheckpointer) -> dict[str, Any]:
+    """Content of the checkpoint that was loaded; empty for a name that is no file."""
+    path = Path(checkpointer.source)
     return load_weights(path) if path.is_file() else {}
 
 
 def evaluated_origin(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, str]:
     """`run_origin` as the evaluated checkpoint records it, so that the result groups with its training's."""
-    recorded = _evaluated_state(cfg, checkpointer).get(METADATA_KEY, {})
+    recorded = _evaluated_state(checkpointer).get(METADATA_KEY, {})
     return recorded["origin"] if "origin" in recorded else run_origin(cfg)
 
 
-def evaluated_cost(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> Cost:
-    """What the training of the evaluated checkpoint cost; nothing where the file does not say."""
-    state = _evaluated_state(cfg, checkpointer)
-    return Cost(state["trainer"]["seconds"], state["iteration"] + 1) if "trainer" in state else Cost()
+def evaluated_cost(checkpointer: FewShotCheckpointer) -> Cost:
+    """What the training of the evaluated checkpoint cost; nothing where the file does not say, as Detectron2's own."""
+    state = _evaluated_state(checkpointer)
+    seconds = state.get("trainer", {}).get("seconds")
+    return Cost() if seconds is None else Cost(seconds, state["iteration"] + 1)
 
 
 def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
@@ -175,9 +181,10 @@ def _if_there(read: Callable[[], T], otherwise: T) -> T:
 def result_digest(cfg: CfgNode) -> str:
     """Digest of the recipe behind a result: the configuration without folders, device and draw.
 
-    Switches that are off are left out with what belongs to them, so that results stay valid when they are added.
+    Calibration and list of test images are left out where they are off, so that the digest is that of a run which does
+    not know them.
     """
-    unused = [] if calibration_label(cfg) else ["TEST.CALIBRATION"]
+    unused = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
     unused += [] if cfg.FEWSHOT.TEST_LIST else ["FEWSHOT.TEST_LIST"]
     return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT", *unused))
 
@@ -185,7 +192,8 @@ def result_digest(cfg: CfgNode) -> str:
 # What may change between the parts of one run: its length, how a step is computed, what is kept and tested.
 _RESUMABLE = (
     "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.ACCUMULATION_STEPS", "SOLVER.CHECKPOINTS_KEPT", "SOLVER.AMP",
-    "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT",
+    "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWSHOT.TEST_LIST", "FEWSHOT.BASE_RUN",
+    "FEWSHOT.OUTPUT",
 )  # fmt: skip
 
 

@@ -227,7 +227,7 @@ def run(
         detector = build_detector(cfg)
         checkpointer = FewShotCheckpointer(detector, cfg.OUTPUT_DIR, metadata=metadata)
         load_for_run(cfg, checkpointer, resume=resume, training=False)
-        measured, cost = Evaluation(cfg, detector), evaluated_cost(cfg, checkpointer)
+        measured, cost = Evaluation(cfg, detector), evaluated_cost(checkpointer)
         measured()
     else:
         metadata |= {"origin": run_origin(cfg), "recipe": resume_digest(cfg)}

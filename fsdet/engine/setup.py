@@ -159,6 +159,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
                 "step. Start from the file in configs/ to scale them, or split the step with SOLVER.ACCUMULATION_STEPS"
             )
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))
+        complete_method_configs(cfg)
         _refuse_changed_protocol(config_file, resolved, cfg.FEWSHOT)
     else:
         _merge(cfg, "command line", lambda: cfg.merge_from_list(opts))

@@ -31,6 +31,11 @@ class SupportConditioned(ABC):
         """Return the class memory of a support set; called in evaluation mode and without gradients."""
 
     @property
+    def has_class_memory(self) -> bool:
+        """Whether a memory is kept."""
+        return self._class_memory is not None
+
+    @property
     def class_memory(self) -> Any:
         """The memory kept last. Raises RuntimeError when nothing has been encoded yet."""
         if self._class_memory is None:

@@ -25,8 +25,7 @@ class LegacyBoxes:
 
     def resized(self, picture: np.ndarray) -> tuple[int, int]:
         """(H, W) of a picture (H, W, 3) after the test resize."""
-        transform = self._resize.get_transform(picture)
-        return transform.new_h, transform.new_w
+        return self._resize.get_transform(picture).apply_image(picture).shape[:2]
 
     def __call__(self, picture: np.ndarray, boxes: Sequence[Sequence[float]]) -> Tensor:
         """Boxes as they are pooled: (M, 4) float32, XYXY in pixels of the picture (H, W, 3)."""

@@ -21,6 +21,7 @@ from fsdet.engine.predictor import Predictor
 from fsdet.engine.run import Evaluation, make_evaluator, prepare, run
 from fsdet.engine.setup import load_config, on_this_machine, register_datasets
 from fsdet.engine.trainer import build_detector
+from fsdet.evaluation.result import read_result
 from fsdet.modeling import calibration
 from fsdet.modeling.class_memory import ClassMemory
 from fsdet.modeling.imagenet import NETWORKS, Network
@@ -105,6 +106,37 @@ def test_evaluation_calibrates_and_keeps_the_memory(novel_run, classifier, monke
     assert len(decoded) == len(set(decoded)) == 4 + 2, "a file was read twice"
 
 
+def test_a_second_evaluation_takes_up_the_prototypes(evaluated, classifier, squares, tmp_path, monkeypatch):
+    """Only changed supports are encoded again; a damaged memory is replaced."""
+    config, folder = evaluated
+    before, encoded = detections(folder), []
+    original = calibration.CalibratedDetector.support_features
+    monkeypatch.setattr(
+        calibration.CalibratedDetector,
+        "support_features",
+        lambda self, supports: encoded.append(len(supports)) or original(self, supports),
+    )
+    run(config, classifier, eval_only=True, quiet=True)
+    assert encoded == [0] and detections(folder) == before
+    shutil.copytree(squares / "samples" / "seed1", tmp_path / "drawn" / "seed0")
+    run(config, [*classifier, "FEWSHOT.SAMPLES", str(tmp_path / "drawn")], eval_only=True, quiet=True)
+    assert encoded == [0, 2]
+    (folder / "class_memory.safetensors").write_bytes(b"torn")
+    run(config, classifier, eval_only=True, quiet=True)
+    assert encoded == [0, 2, 2] and detections(folder) == before
+
+
+def test_the_label_tells_the_weights(novel_run, classifier):
+    config, folder = novel_run
+    labels = set()
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        torch.save(Tiny().state_dict(), classifier[classifier.index("TEST.CALIBRATION.WEIGHTS") + 1])
+        run(config, classifier, eval_only=True, quiet=True)
+        labels.add(read_result(folder / "result.json").protocol.calibration)
+    assert len(labels) == 2 and all(label.startswith("pcb tiny:") for label in labels)
+
+
 def test_python_api_finds_what_the_evaluation_found(evaluated, classifier, squares):
     _, folder = evaluated
     predictor = Predictor.from_run(folder, threshold=0.05, opts=classifier)
@@ -150,6 +182,21 @@ def test_evaluation_recalls_where_the_supports_are_absent(evaluated, classifier,
     (folder / "class_memory.json").unlink()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(config, opts, eval_only=True, quiet=True)
+
+
+def test_every_process_waits_whether_or_not_it_has_the_supports(evaluated, classifier, tmp_path, monkeypatch):
+    """A machine without the pictures would else leave the others waiting."""
+    config, folder = evaluated
+    before = (folder / "class_memory.json").read_bytes()
+    waits = []
+    monkeypatch.setattr(calibrated.comm, "synchronize", lambda: waits.append(1))
+    for samples in ([], ["FEWSHOT.SAMPLES", str(tmp_path / "nowhere")]):
+        cfg = on_this_machine(load_config(config, [*classifier, *samples]))
+        model = calibrate(build_detector(cfg), cfg)
+        waits.clear()
+        calibrated.encode_or_recall(model, lambda cfg=cfg: calibrated.read_supports(cfg), folder)
+        assert len(waits) == 1 and model.class_memory.names == ("white",)
+    assert (folder / "class_memory.json").read_bytes() == before
 
 
 def test_a_memory_of_other_weights_is_stale(evaluated, classifier, tmp_path):

@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
-from fsdet.checkpoint.safe_io import save_atomic, sha256_of
+from fsdet.checkpoint.checkpointer import FewShotCheckpointer
+from fsdet.checkpoint.safe_io import load_weights, save_atomic, sha256_of
 from fsdet.checkpoint.surgery import surgery_file
 from fsdet.engine.preflight import check_weights
-from fsdet.engine.record import base_model_digest, pretraining_label
+from fsdet.engine.record import Cost, base_model_digest, evaluated_cost, pretraining_label
 from fsdet.engine.run import run
 from fsdet.engine.setup import load_config
 from fsdet.evaluation.result import read_result
@@ -59,3 +60,37 @@ def test_evaluation_needs_no_training_data(write_config, tmp_path, squares, calm
     result = read_result(tmp_path / "evaluated" / "result.json")
     assert result.protocol.samples_digest is None and result.train_images == 0
     assert result.protocol.group() == trained.protocol.group()
+
+
+def test_cost_is_that_of_the_loaded_checkpoint(tmp_path):
+    """A checkpoint of Detectron2's own trainer has a "trainer" too, but no time."""
+    model = torch.nn.Linear(2, 2)
+    files = {
+        "ours": {"trainer": {"seconds": 7.5, "iteration": 9}, "iteration": 9},
+        "detectron2": {"trainer": {"iteration": 9, "_trainer": {}}, "iteration": 9},
+        "weights": {},
+    }
+    costs = {}
+    for name, rest in files.items():
+        save_atomic({"model": model.state_dict(), **rest}, tmp_path / f"{name}.pth")
+        checkpointer = FewShotCheckpointer(model)
+        assert evaluated_cost(checkpointer) == Cost()
+        checkpointer.load(tmp_path / f"{name}.pth")
+        costs[name] = evaluated_cost(checkpointer)
+    assert costs == {"ours": Cost(7.5, 10), "detectron2": Cost(), "weights": Cost()}
+
+
+def test_evaluating_the_newest_checkpoint_records_its_own_cost(write_config, tmp_path, calm_weights):
+    """Not that of MODEL.WEIGHTS, which the training only started from."""
+    config = write_config()
+    start = calm_weights(config)
+    run(config, start)
+    folder = tmp_path / "run"
+    trained = read_result(folder / "result.json")
+    (folder / "result.json").unlink()
+    newest = load_weights(folder / "model_final.pth")
+    save_atomic({**newest, "trainer": {**newest["trainer"], "seconds": 123.0}}, folder / "model_final.pth")
+    run(config, start, eval_only=True, resume=True)
+    result = read_result(folder / "result.json")
+    assert (result.seconds["train"], result.iterations) == (123.0, trained.iterations)
+    assert result.protocol.pretraining == trained.protocol.pretraining == "calm.pth"

@@ -103,7 +103,7 @@ class TestDecoupling:
         assert all(torch.equal(loss, wanted_losses[name]) for name, loss in losses.items())
         assert set(grads) == set(wanted)
         affine = {name: p for name, p in model.named_parameters() if "decouple" in name}
-        assert len(affine) == 4 and all(p.requires_grad and p.grad is None for p in affine.values())
+        assert len(affine) == 4 and all(not p.requires_grad and p.grad is None for p in affine.values())
 
     def test_no_switch_freezes_the_affine_layers(self):
         freeze = ("MODEL.BACKBONE.FREEZE", "True", "MODEL.PROPOSAL_GENERATOR.FREEZE", "True")
@@ -161,6 +161,18 @@ class TestOtherNetworks:
         before = cfg.dump()
         complete_method_configs(cfg)
         assert cfg.dump() == before
+
+    def test_a_resolved_file_is_completed_as_well(self, tmp_path):
+        """Else the switch would be on and nothing decoupled, without a word."""
+        on = ["MODEL.RPN.ENABLE_DECOUPLE", "True", "MODEL.ROI_HEADS.ENABLE_DECOUPLE", "True"]
+        plain = load_config(str(CONFIGS.parent / "tfa" / "voc_base.yaml"), model="r50_c4")
+        (tmp_path / "config.yaml").write_text(plain.dump())
+        for opts, names in (
+            (on, ("DecoupledRPN", "DecoupledRes5ROIHeads")),
+            ([], ("FewShotRPN", "FewShotRes5ROIHeads")),
+        ):
+            cfg = load_config(str(tmp_path / "config.yaml"), opts)
+            assert names == (cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.ROI_HEADS.NAME)
 
     def test_other_methods_are_left_alone(self):
         for file in ("tfa/voc_cos.yaml", "tfa/voc_small_ft_full.yaml"):

@@ -33,7 +33,7 @@ class Decoupling(nn.ModuleDict):
         channels: C of every level that the branch reads.
         scale: factor on the gradient that goes back into the backbone, finite and >= 0, no unit.
         enabled: False hands the features on as they are. The affine parameters then exist, so that a checkpoint of
-            either kind fits, but get no gradient (several processes need SOLVER.FIND_UNUSED_PARAMETERS).
+            either kind fits, but are frozen.
 
     Raises:
         ValueError: for a scale that is negative or not finite.
@@ -44,6 +44,8 @@ class Decoupling(nn.ModuleDict):
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"BACKWARD_SCALE: got {scale}, expected a factor >= 0 (1: the whole gradient, 0: none)")
         self.scale, self.enabled = scale, enabled
+        if not enabled:
+            self.requires_grad_(False)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replace the branch's levels, (N, C, H, W) each; the others stay."""
