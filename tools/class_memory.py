@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Look at a class memory and edit it, without training.
 
-    python tools/class_memory.py list output/run/prototypes
-    python tools/class_memory.py compare old/prototypes new/prototypes
-    python tools/class_memory.py rename output/run/prototypes aeroplane airplane
-    python tools/class_memory.py remove output/run/prototypes cow sofa
-    python tools/class_memory.py copy output/run/prototypes --source other/prototypes bus
-    python tools/class_memory.py replace output/run/prototypes --source other/prototypes bus bird
+    python tools/class_memory.py list RUN/class_memory
+    python tools/class_memory.py compare OLD/class_memory NEW/class_memory
+    python tools/class_memory.py rename RUN/class_memory aeroplane airplane
+    python tools/class_memory.py remove RUN/class_memory cow sofa
+    python tools/class_memory.py copy RUN/class_memory --source OTHER/class_memory bus
+    python tools/class_memory.py replace RUN/class_memory --source OTHER/class_memory bus bird
 
 A memory is a pair of files, NAME.safetensors and NAME.json; give NAME or either file. An edit replaces the pair, or
 writes another one with --output. Classes are copied only between memories of one kind and one encoder.
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             memory.copy_from(ClassMemory.load(args.source), args.names, replace=args.command == "replace")
         memory.save(args.output or args.memory)
     except (OSError, ValueError) as error:
-        print(f"class_memory: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.output or args.memory}: {len(memory)} classes written")
     return 0

@@ -23,9 +23,12 @@ def seed_range(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            seeds.extend(range(int(first), int(last or first) + 1))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f'"{text}" is no list of seeds; write 0-9 or 0,1,4') from error
+            found = range(int(first), int(last or first) + 1)
+        except ValueError:
+            found = range(0)
+        if not found:
+            raise argparse.ArgumentTypeError(f'"{text}" is no list of seeds; write 0-9 or 0,1,4')
+        seeds.extend(found)
     return seeds
 
 
@@ -39,6 +42,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--also", nargs="+", default=[], choices=also, help="write these beside --output")
     parser.add_argument("--metrics", nargs="+", default=[], help="headline metrics, e.g. nAP50 bAP50 AP50")
     parser.add_argument("--seeds", type=seed_range, help="seeds to average over, e.g. 0-9 (default: 0 to the largest)")
+    parser.add_argument("--repeats", type=int, help="repetitions of each seed to average over (default: all)")
     parser.add_argument("--allow-missing", action="store_true", help="average over the seeds that are there")
     parser.add_argument(
         "--compare",
@@ -77,6 +81,7 @@ def main() -> int:
             seeds=args.seeds,
             allow_missing=args.allow_missing,
             compare=[tuple(pair) for pair in args.compare],
+            repeats=args.repeats,
         )
         pictures = galleries(args)
         if args.output:
@@ -86,7 +91,7 @@ def main() -> int:
             raise ValueError("--also writes files beside --output; name one")
         else:
             print(render_report(sections, args.format or "text", pictures))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

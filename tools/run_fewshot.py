@@ -38,7 +38,7 @@ def numbers(words: list[str]) -> tuple[int, ...]:
     found = []
     for word in words:
         first, _, last = word.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
             raise ValueError(f'"{word}" is no number and no range; write e.g. 0 1 2 or 0-9')
         found += range(int(first), int(last or first) + 1)
     return tuple(found)
@@ -100,12 +100,13 @@ def read_workers(args: argparse.Namespace, sweep: Sweep) -> LocalJobs | SlurmJob
     return LocalJobs(cpu_slots(args.jobs)) if args.jobs is not None else LocalJobs()
 
 
-def report(results: list[Path], seeds: tuple[int, ...], args: argparse.Namespace, *, to_file: bool) -> None:
+def report(results: list[Path], sweep: Sweep, args: argparse.Namespace, *, to_file: bool) -> None:
     """Print the tables and, for all that was asked for, write the page."""
+    what = {"seeds": sweep.seeds, "repeats": sweep.repeats, "allow_missing": args.allow_missing}
     if results:
-        print(write_report(results, style="brief", seeds=seeds, allow_missing=args.allow_missing))
+        print(write_report(results, style="brief", **what))
     if results and args.report and to_file:
-        write_report(results, args.report, style="html", seeds=seeds, allow_missing=args.allow_missing)
+        write_report(results, args.report, style="html", **what)
 
 
 def main() -> int:
@@ -123,12 +124,10 @@ def main() -> int:
             )
         except IncompleteSweep as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            report(
-                error.results if args.allow_missing else error.complete, sweep.seeds, args, to_file=args.allow_missing
-            )
+            report(error.results if args.allow_missing else error.complete, sweep, args, to_file=args.allow_missing)
             return 0 if args.allow_missing else 1
-        report(results, sweep.seeds, args, to_file=True)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        report(results, sweep, args, to_file=True)
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     return 0
 

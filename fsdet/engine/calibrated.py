@@ -96,7 +96,8 @@ def read_supports(cfg: CfgNode) -> SupportSet:
 def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], folder: str | Path) -> None:
     """Give a detector its class memory before an evaluation.
 
-    It is kept below `folder`, and only classes whose supports have changed since are encoded again. Where the support pictures are absent, the one kept there is taken.
+    It is kept below `folder`, and only classes whose supports have changed since are encoded again. Where the support
+    pictures are absent, the one kept there is taken.
 
     Args:
         model: any detector; one without memory is left alone.

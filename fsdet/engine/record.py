@@ -68,13 +68,16 @@ def style_label(cfg: CfgNode) -> str:
 def test_set_label(cfg: CfgNode) -> str:
     """Name of the evaluated set; for COCO formats with its annotation file, since 5k and val2017 are two sets.
 
-    A list of test images adds its name.
+    A list of test images adds its name and the first digits of its sha256.
     """
     _, test = dataset_specs(cfg)
     label = test.name
     if cfg.FEWSHOT.LAYOUT != "voc":
         label += f":{json_file(test, dataset_sources(cfg)).stem}"
-    return f"{label}:{Path(cfg.FEWSHOT.TEST_LIST).stem}" if cfg.FEWSHOT.TEST_LIST else label
+    if cfg.FEWSHOT.TEST_LIST:
+        path = Path(cfg.FEWSHOT.TEST_LIST)
+        label += f":{path.stem}:{sha256_of(path)[:8]}"
+    return label
 
 
 def calibration_label(cfg: CfgNode) -> str:

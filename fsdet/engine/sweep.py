@@ -26,6 +26,7 @@ __all__ = ["IncompleteSweep", "Sweep", "make_plan", "make_weights", "perform", "
 
 logger = logging.getLogger(__name__)
 
+_LEFT = "left for the next call"
 LOCK_SECONDS = 30.0  # a run whose sweep was killed is still saving when the same sweep starts again
 
 
@@ -39,7 +40,9 @@ class IncompleteSweep(RuntimeError):
     """
 
     def __init__(self, plan: Sequence[PlannedRun], missing: Mapping[str, str]) -> None:
-        lines = [f"{folder}: {reason}" for folder, reason in missing.items()]
+        lines = [f"{folder}: {reason}" for folder, reason in missing.items() if reason != _LEFT]
+        if left := len(missing) - len(lines):
+            lines.append(f"{left} {_LEFT}")
         super().__init__(
             f"{len(missing)} of {len(plan)} runs have no result. The others are kept, and the same command does only "
             "these:\n  " + "\n  ".join(lines)
@@ -100,7 +103,7 @@ def run_sweep(
             say(f"[{len(done) + len(missing)}/{len(plan)}] {what}; {remaining(ahead, done, workers.width)}")
             for path in result_files([run] if result else []):
                 on_result(path)
-    left = {run.folder: "left for the next call" for run in plan if run not in done and run.folder not in missing}
+    left = {run.folder: _LEFT for run in plan if run not in done and run.folder not in missing}
     if missing or left:
         raise IncompleteSweep(plan, missing | left)
     return result_files(plan)

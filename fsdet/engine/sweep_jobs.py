@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from fsdet.engine.sweep_run import PlannedRun, Task, attempt, blocked_by, last_line, stop_signals
@@ -75,8 +76,8 @@ def _start_ready(
 ) -> list[tuple[PlannedRun, str]]:
     """Move runs from `waiting` to `active` as far as slots and prerequisites allow; returns those that cannot start."""
     failed = []
+    unfinished = {other.folder for other in waiting} | {worker.run.folder for worker in active}
     for run in list(waiting):
-        unfinished = {other.folder for other in waiting} | {worker.run.folder for worker in active}
         reason = blocked_by(run, lost)
         if not reason and (not free or unfinished.intersection(run.after)):
             continue
@@ -163,7 +164,7 @@ def gpu_slots(wanted: str) -> tuple[dict[str, str], ...]:
 
         names = [str(number) for number in range(torch.cuda.device_count())]
     else:
-        names = [name for name in visible.split(",") if name]
+        names = list(takewhile(lambda name: name != "-1", filter(None, visible.split(","))))  # -1 ends it, for CUDA too
     numbers = range(len(names)) if wanted == "all" else [int(n) if n.isdigit() else -1 for n in wanted.split(",")]
     if not names or not all(0 <= number < len(names) for number in numbers) or len(set(numbers)) < len(numbers):
         raise ValueError(f'GPUs "{wanted}": {len(names)} can be used here; write "all" or numbers from 0, each once')

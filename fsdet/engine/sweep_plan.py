@@ -68,6 +68,11 @@ class Sweep:
                 raise ValueError(f"Sweep.{name} is empty: there is nothing to run")
         if fixed := [key for key in self.opts[::2] if key in _PLANNED_KEYS]:
             raise ValueError(f"{fixed[0]} differs from run to run; a sweep sets it ({_PLANNED_KEYS[fixed[0]]})")
+        if self.bases and "MODEL.WEIGHTS" in self.opts[::2]:
+            raise ValueError(
+                "MODEL.WEIGHTS would hold for the novel runs too, which then would not start from their base run. Put "
+                "the file where the base config looks for it, or train the base run first with tools/train_net.py"
+            )
         if self.repeats < 1:
             raise ValueError(f"Sweep.repeats is {self.repeats}; each draw is trained at least once")
 

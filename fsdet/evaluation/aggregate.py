@@ -157,7 +157,7 @@ def _paired_test(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     if len(difference) < 2 or np.isnan(difference).any():
         return float("nan"), float("nan")
     if np.all(difference == difference[0]):  # no spread, and the test divides by it
-        return 0.0, 1.0 if difference[0] == 0 else 0.0
+        return 0.0, 1.0 if difference[0] == 0 else float("nan")
     return _student(float(difference.std(ddof=1)), len(difference)), float(stats.ttest_rel(left, right).pvalue)
 
 

@@ -58,6 +58,7 @@ def write_report(
     allow_missing: bool = False,
     compare: Sequence[tuple[str, str]] = (),
     galleries: Sequence[Gallery] = (),
+    repeats: int | None = None,
 ) -> str:
     """Read results, build the report and render it.
 
@@ -66,16 +67,19 @@ def write_report(
         output: file to write; None to only return the text.
         style: one of `FORMATS`.
         metrics: headline metrics; empty for those usual on the benchmark.
-        seeds: seeds to average over; None for 0 ... the largest seed found.
+        seeds: seeds to average over; None for 0 ... the largest seed found in a section.
         allow_missing: average over the seeds that are there.
         compare: pairs of methods, or of row labels, to compare seed by seed.
         galleries: pictures for the HTML page.
+        repeats: repetitions of each seed to average over, from the first; None for all.
     Returns: the rendered text.
     Raises: FileNotFoundError for missing results; ValueError on an unknown style and as `build_report`.
     """
     if style not in FORMATS:
         raise ValueError(f'Unknown report format "{style}"; expected one of {FORMATS}')
-    sections = read_report(paths, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare)
+    sections = read_report(
+        paths, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare, repeats=repeats
+    )
     text = render_report(sections, style, galleries)
     if output is not None:
         _write(Path(output), text)
@@ -89,11 +93,14 @@ def read_report(
     seeds: Sequence[int] | None = None,
     allow_missing: bool = False,
     compare: Sequence[tuple[str, str]] = (),
+    repeats: int | None = None,
 ) -> tuple[Section, ...]:
     """Sections of the results below some paths, and one of the runs that have none; arguments as `write_report`."""
     paths = list(paths)
     results = load_results(paths)
-    sections = build_report(results, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare)
+    sections = build_report(
+        results, metrics=metrics, seeds=seeds, allow_missing=allow_missing, compare=compare, repeats=repeats
+    )
     unfinished = find_unfinished(paths)
     return (*sections, unfinished_section(unfinished)) if unfinished else sections
 
@@ -131,6 +138,8 @@ def save_report(
     Raises: ValueError for an unknown suffix, or galleries without a page to show them.
     """
     output = Path(output)
+    if style is None and output.suffix and output.suffix not in SUFFIXES and not output.is_dir():
+        raise ValueError(f"{output}: no format has this suffix; expected {', '.join(SUFFIXES)}, or choose a format")
     if unknown := [suffix for suffix in also if f".{suffix}" not in SUFFIXES]:
         raise ValueError(
             f'Unknown format "{unknown[0]}" beside the report; expected {", ".join(s[1:] for s in SUFFIXES)}'
@@ -139,7 +148,7 @@ def save_report(
         styles = {output / name: SUFFIXES[Path(name).suffix] for name in FOLDER_FILES}
         output = output / "report"
     else:
-        styles = {output: style or SUFFIXES.get(output.suffix, "text")}
+        styles = {output: style or SUFFIXES[output.suffix]}
     for suffix in also:
         styles.setdefault(output.with_suffix(f".{suffix}"), SUFFIXES[f".{suffix}"])
     shows = galleries if "html" not in styles.values() else ()  # then refused by the first format
@@ -159,6 +168,7 @@ def build_report(
     seeds: Sequence[int] | None = None,
     allow_missing: bool = False,
     compare: Sequence[tuple[str, str]] = (),
+    repeats: int | None = None,
 ) -> tuple[Section, ...]:
     """Group results by protocol, check them, and make the tables; arguments as `write_report`.
 
@@ -169,19 +179,23 @@ def build_report(
     for pair in compare:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"A comparison is between two methods, got {pair!r}")
-    rows = check_seeds(group_runs(results), seeds, allow_missing)
+    rows = check_seeds(group_runs(results), seeds, allow_missing, repeats=repeats, together=_section_key)
     available = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     unknown = [metric for metric in metrics if metric not in available]
     if unknown:
         raise ValueError(f"No result has the metric {unknown[0]}; available are {available}")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(getattr(row.protocol, name) for name in SECTION_FIELDS), []).append(row)
+        groups.setdefault(_section_key(row), []).append(row)
     sections = tuple(_section(members, metrics, compare) for members in groups.values())
     titles = {(item.first, item.second) for section in sections for item in section.comparisons}
     for first, second in compare:
         _check_compared(sections, (first, second), titles)
     return sections
+
+
+def _section_key(row: Row) -> tuple:
+    return tuple(getattr(row.protocol, name) for name in SECTION_FIELDS)
 
 
 def _check_compared(sections: Sequence[Section], pair: tuple[str, str], done: set[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .aggregate import paired_difference
-from .report_rows import Row, seed_list
+from .report_rows import Row, seed_words
 from .report_section import Comparison, Table
 from .report_tables import cell, number, shot_name
 
@@ -22,7 +22,8 @@ SHOWN_PAIRS = 10  # longer lists of differences are left to the files
 SHORT = 16  # characters that a label may have to head a column
 NOTE = (
     "Differences are taken seed by seed, so that the luck of a draw, which both sides share, cancels. ± is half the "
-    "95 % Student t interval of the mean difference. With fewer than 6 pairs Wilcoxon's p cannot fall below 0.05."
+    "95 % Student t interval of the mean difference. With fewer than 6 pairs Wilcoxon's p cannot fall below 0.05; no p "
+    "is corrected for the number of comparisons."
 )
 FEW = (
     "Fewer than 3 pairs are no evidence: one difference has no interval, and that of two rests on a single degree of "
@@ -78,7 +79,9 @@ def why_not(rows: Sequence[Labelled], pair: tuple[str, str]) -> str:
     """Why nothing can be compared between two names."""
     known = sorted({row.protocol.method for _, row in rows})
     found = [[row for label, row in rows if name in (label, row.protocol.method)] for name in pair]
-    if all(found) and pair[0] != pair[1]:
+    if pair[0] == pair[1]:
+        return "they are one name"
+    if all(found):
         apart = [_differing(left, right) - {"method", "base_model"} for left in found[0] for right in found[1]]
         fields = sorted(min(apart, key=len))
         return f"their rows differ in {', '.join(fields)}" if fields else "they have no seed in common"
@@ -128,12 +131,12 @@ def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: 
     other = _other_samples(left, right)
     shared = sorted((set(left.keys) & set(right.keys)) - set(other))
     alone = [
-        f"{label}, {row.protocol.shot} shots, seed {seed_list(missing)}"
+        f"{label}, {row.protocol.shot}-shot, seed {seed_words(missing)}"
         for label, row, partner in ((left_label, left, right), (right_label, right, left))
         if (missing := [key for key in row.keys if key not in partner.keys])
     ]
     if other:
-        alone.append(f"{item or title}, {left.protocol.shot} shots, seed {seed_list(other)} (other K-shot files)")
+        alone.append(f"{item or title}, {left.protocol.shot}-shot, seed {seed_words(other)} (other K-shot files)")
     for metric in metrics:
         if shared and metric in left.metrics and metric in right.metrics:
             ours, theirs = left.values(metric), right.values(metric)

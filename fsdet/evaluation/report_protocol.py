@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .report_rows import Row, seed_list
+from .report_rows import Row, seed_words
 from .report_section import Fact
 
 NAMES = {
@@ -30,7 +30,7 @@ MEANINGS = {
     ("setting", "fsod"): "novel classes alone",
     ("stage", "base"): "before any novel class is seen",
     ("stage", "novel"): "after fine-tuning on K shots",
-    ("evaluation", "coco"): "mean over IoU 0.50 to 0.95, 101-point precision",
+    ("evaluation", "coco"): "101-point precision; AP is the mean over IoU 0.50 to 0.95",
     ("evaluation", "voc-11point"): "11-point precision of VOC 2007",
     ("evaluation", "voc-area"): "area under the curve, VOC 2010 and later",
     ("sampling", "legacy"): "drawn as the official scripts do",
@@ -68,12 +68,17 @@ def remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterable[str]:
     """Seeds, missing runs, and what else a reader must know to trust the numbers; `labels` are those of the rows."""
     named = [pair for pair in zip(labels, rows, strict=True) if pair[1].protocol.stage != "base"]
     drawn = [row for _, row in named]
-    yield from _seeds([(f"{label}, {row.protocol.shot} shots", row) for label, row in named])
+    yield from _seeds([(f"{label}, {row.protocol.shot}-shot", row) for label, row in named])
     few = sorted({len(row.runs) for row in drawn if len(row.runs) < 3})
     if few:
         yield (
             f"Some rows have {' or '.join(map(str, few))} run{'s' if few[-1] > 1 else ''}: one run has no interval, "
             "and that of two rests on one difference."
+        )
+    if any(len({seed for seed, _ in row.keys}) not in (1, len(row.keys)) for row in drawn):
+        yield (
+            "Some rows hold several seeds and repetitions of them. Every run counts alike, and repetitions share their "
+            "K shots, so that the interval is too narrow for new draws."
         )
     digests: dict[tuple[int, int], set] = {}
     for run in (run for row in drawn for _, run in row.runs):
@@ -89,9 +94,9 @@ def _seeds(rows: Sequence[tuple[str, Row]]) -> Iterable[str]:
     seeds: dict[str, list[str]] = {}
     missing: dict[str, list[str]] = {}
     for name, row in rows:
-        seeds.setdefault(seed_list(row.keys), []).append(name)
+        seeds.setdefault(seed_words(row.keys), []).append(name)
         if row.missing:
-            missing.setdefault(seed_list(row.missing), []).append(name)
+            missing.setdefault(seed_words(row.missing), []).append(name)
     usual = max(seeds, key=lambda text: len(seeds[text]), default="")
     if usual:
         yield f"Seeds: {usual}{', but' if len(seeds) > 1 else '.'}"

@@ -22,9 +22,15 @@ def render_text(sections: Sequence[Section]) -> str:
 
 
 def render_brief(sections: Sequence[Section], table_format: str = "simple") -> str:
-    """The headline tables alone, for the end of a run; "pipe" makes Markdown of them."""
+    """The headline tables alone, for the end of a run; "pipe" makes Markdown of them.
+
+    Titles of sections are left out where only one has novel-stage rows.
+    """
     parts = []
+    several = sum(bool(section.novel) for section in sections) > 1
     for section in sections:
+        if several and section.rows:
+            parts.append(f"**{section.title}**" if table_format == "pipe" else section.title)
         for table in section.tables[: section.headlines]:
             title = f"{table.title}:\n\n" if table_format == "pipe" else f"{table.title}\n"
             parts.append(title + tabulate(table.rows, table.header, table_format, disable_numparse=True))
@@ -51,9 +57,7 @@ def render_csv(sections: Sequence[Section]) -> str:
             numbers = (s.mean, s.student, s.legacy, s.sample_std, s.population_std, *s.quartiles)
             cells = ["" if math.isnan(value) else f"{value:.4f}" for value in numbers]
             labels = (protocol[name] for name in names)
-            writer.writerow(
-                [*labels, metric, *cells, len(s.values), seed_list(row.keys, " "), seed_list(row.missing, " ")]
-            )
+            writer.writerow([*labels, metric, *cells, len(s.values), seed_list(row.keys), seed_list(row.missing)])
     return buffer.getvalue()
 
 

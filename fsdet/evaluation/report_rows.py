@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .aggregate import Summary, summarize
 from .result import Protocol, RunResult, read_result
+
+logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 
@@ -34,7 +37,7 @@ class Row:
     @property
     def name(self) -> str:
         """Method and shots, for messages."""
-        return f"{self.protocol.method}, {self.protocol.shot} shots"
+        return f"{self.protocol.method}, {self.protocol.shot}-shot"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -104,8 +107,15 @@ def _order(protocol: Protocol) -> tuple:
     return (p.benchmark, p.test_set, p.setting, p.split, p.stage != "base", p.method, p.shot, str(p.group()))
 
 
-def check_seeds(rows: Sequence[Row], seeds: Sequence[int] | None, allow_missing: bool) -> list[Row]:
-    """Bring all rows to the same seeds.
+def check_seeds(
+    rows: Sequence[Row],
+    seeds: Sequence[int] | None,
+    allow_missing: bool,
+    *,
+    repeats: int | None = None,
+    together: Callable[[Row], Hashable] = lambda row: None,
+) -> list[Row]:
+    """Bring all rows that are shown together to the same seeds.
 
     Base-stage rows draw no K-shot lists, so they stay as they are. A seed that is there several times (`repeat`) must
     be there as often in the whole row.
@@ -114,32 +124,67 @@ def check_seeds(rows: Sequence[Row], seeds: Sequence[int] | None, allow_missing:
         rows: from `group_runs`.
         seeds: seeds to use; None for 0 ... the largest seed found.
         allow_missing: note missing runs in the rows instead of raising.
-    Raises: ValueError listing what is missing.
+        repeats: repetitions of each seed to use; None for as many as a row has of any seed.
+        together: rows are shown together where it gives the same.
+    Returns: the rows; one of which nothing is left is told in the log.
+    Raises: ValueError listing what is missing, or where no runs are asked for or left.
     """
-    largest = max((seed for row in rows if row.protocol.stage != "base" for seed, _ in row.keys), default=0)
-    expected = tuple(range(largest + 1)) if seeds is None else tuple(seeds)
+    if (seeds is not None and not seeds) or (repeats is not None and repeats < 1):
+        raise ValueError(f"No runs are asked for: seeds {seeds}, repetitions {repeats}; name at least one of each")
+    largest: dict[Hashable, int] = {}
+    for row in (row for row in rows if row.protocol.stage != "base"):
+        largest[together(row)] = max(largest.get(together(row), 0), *(seed for seed, _ in row.keys))
     problems, checked = [], []
     for row in rows:
         if row.protocol.stage == "base":
             checked.append(row)
             continue
-        runs = tuple(pair for pair, key in zip(row.runs, row.keys, strict=True) if key[0] in expected)
-        repeats = range(max(repeat for _, repeat in row.keys) + 1)
-        missing = tuple((s, r) for s in expected for r in repeats if (s, r) not in row.keys)
+        expected = range(largest[together(row)] + 1) if seeds is None else seeds
+        numbers = range(max(repeat for _, repeat in row.keys) + 1 if repeats is None else repeats)
+        wanted = tuple((seed, repeat) for seed in dict.fromkeys(expected) for repeat in numbers)
+        runs = tuple(pair for pair, key in zip(row.runs, row.keys, strict=True) if key in wanted)
+        missing = tuple(key for key in wanted if key not in row.keys)
         if missing:
-            found = f"found {seed_list(row.keys)}"
-            problems.append(f"{row.name}: no run of seed {seed_list(missing)} ({found})")
+            problems.append(f"{row.name}: no run of seed {seed_words(missing)} (found {seed_words(row.keys)})")
         if runs:
             checked.append(Row(row.protocol, runs, missing))
-    if (problems and not allow_missing) or not checked:
+        elif allow_missing:
+            logger.warning("Not in the report: %s", problems[-1])
+    if problems and not (allow_missing and any(row.protocol.stage != "base" for row in checked)):
         raise ValueError(
             "Rows over different seeds cannot be compared:\n  "
             + "\n  ".join(problems)
-            + "\nRun what is missing, choose the seeds (--seeds), or pass --allow-missing to average what is there."
+            + "\nRun what is missing, choose the runs (--seeds, --repeats), or pass --allow-missing to average what is "
+            "there."
         )
     return checked
 
 
-def seed_list(keys: Iterable[tuple[int, int]], separator: str = ", ") -> str:
-    """(seed, repeat) pairs as text."""
-    return separator.join(str(seed) if repeat == 0 else f"{seed} (repeat {repeat})" for seed, repeat in keys)
+def seed_list(keys: Iterable[tuple[int, int]]) -> str:
+    """(seed, repeat) pairs one by one, for a column of a file."""
+    return " ".join(str(seed) if repeat == 0 else f"{seed} (repeat {repeat})" for seed, repeat in keys)
+
+
+def seed_words(keys: Iterable[tuple[int, int]]) -> str:
+    """(seed, repeat) pairs in few words: "0, 1, 7-11", "0 (repeats 0-9)"."""
+    repeats: dict[int, list[int]] = {}
+    for seed, repeat in keys:
+        repeats.setdefault(seed, []).append(repeat)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for seed, numbers in repeats.items():
+        alike.setdefault(tuple(numbers), []).append(seed)
+    return ", ".join(
+        _ranges(seeds) + ("" if numbers == (0,) else f" (repeat{'s' if len(numbers) > 1 else ''} {_ranges(numbers)})")
+        for numbers, seeds in alike.items()
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers as text; four or more in a row as a range."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 3 else ", ".join(map(str, run)) for run in runs)

@@ -53,8 +53,12 @@ def _field_text(name: str, value: object) -> str:
 
 
 def headline_tables(rows: Sequence[Row], metrics: Sequence[str], label: Callable[[Row], str]) -> Iterable[Table]:
-    """The field's usual table for each metric: methods down, shots across; n where rows have other numbers of runs."""
+    """The field's usual table for each metric: methods down, shots across.
+
+    n stands beside the means where runs are missing, or rows have other numbers of them.
+    """
     same = len({len(row.runs) for row in rows if row.protocol.stage != "base"}) < 2
+    same = same and not any(row.missing for row in rows)
     for metric in metrics:
         having = [row for row in rows if metric in row.metrics]
         shots = sorted({row.protocol.shot for row in having})

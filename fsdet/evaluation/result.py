@@ -68,8 +68,8 @@ class Protocol:
         leak: unlabelled novel objects in base images: "background", "drop" or "ignore".
         difficult: VOC training keeps difficult objects.
         tta: test-time augmentation.
-        calibration: scores rescored at test time, e.g. "pcb resnet101:5d3b4d8f 0.5" (network, sha256 of its file, weight
-            of the detector's score); "" for none.
+        calibration: scores rescored at test time, e.g. "pcb resnet101:5d3b4d8f 0.5" (network, sha256 of its file,
+            weight of the detector's score); "" for none.
         proposals: regions per image that the ROI heads score at test time; 0 where that was not recorded.
         base_model: label of the base-stage model that all seeds start from; "" for none. Two base models can differ by
             five points of novel AP50 (TFA's tracker), which no average over K-shot seeds shows.

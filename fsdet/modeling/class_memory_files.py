@@ -38,8 +38,13 @@ _REMEDY = "encode the supports again, or copy both files of the memory again"
 
 
 def pair_of(path: str | Path) -> tuple[Path, Path]:
-    """(tensor file, JSON file) of a class memory; `path` is their common name, or one of the two."""
+    """(tensor file, JSON file) of a class memory; `path` is their common name, or one of the two.
+
+    Raises: ValueError for a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the memory in it, such as {path / 'class_memory'}")
     if path.suffix in (".safetensors", ".json"):
         path = path.with_suffix("")
     return path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")

@@ -247,9 +247,10 @@ def test_gpus_are_counted_among_the_visible_ones(monkeypatch):
     for wanted in ("3", "0,0", "a", "0,"):
         with pytest.raises(ValueError, match="3 can be used here"):
             gpu_slots(wanted)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ValueError, match="0 can be used here"):
-        gpu_slots("all")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        with pytest.raises(ValueError, match="0 can be used here"):
+            gpu_slots("all")
     import torch
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

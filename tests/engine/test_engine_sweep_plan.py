@@ -99,6 +99,7 @@ def test_preset_of_own_data_needs_shots(files):
         ({"repeats": 0}, "repeats is 0"),
         ({"seeds": ()}, "seeds is empty"),
         ({"calibration": "on"}, 'calibration is "on"'),
+        ({"opts": ("MODEL.WEIGHTS", "R-101.pkl")}, "would not start from their base run"),
     ],
 )
 def test_sweep_without_sense(wrong, said):
@@ -210,6 +211,10 @@ def test_incomplete_rows_are_named_and_left_out(files, tmp_path):
     assert kept == [plan[0].folder, plan[1].folder, plan[2].folder]  # 2-shot lacks seed 0, so seed 1 is not averaged
     assert len(error.results) == 4 and error.missing == {plan[3].folder: "killed"}
     assert "1 of 5 runs have no result" in str(error) and f"{plan[3].folder}: killed" in str(error)
+    left = {run.folder: "left for the next call" for run in plan[1:3]}
+    error = IncompleteSweep(plan, {**left, plan[3].folder: "killed"})
+    assert str(error).endswith(f"these:\n  {plan[3].folder}: killed\n  2 left for the next call")
+    assert set(error.missing) == {run.folder for run in plan[1:4]}
 
 
 def test_table_shows_the_state_on_disk(files, tmp_path):

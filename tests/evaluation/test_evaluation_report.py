@@ -11,6 +11,7 @@ from evaluation_cases import make_run
 from scipy import stats
 
 from fsdet.evaluation.report import build_report, load_results, write_report
+from fsdet.evaluation.report_rows import seed_words
 
 
 def fill(folder, methods=("tfa",), shots=(1, 5), seeds=3, **changes):
@@ -50,11 +51,11 @@ def test_means_intervals_and_seeds(tmp_path):
 def test_refuses_a_missing_seed_unless_told(tmp_path):
     fill(tmp_path)
     (tmp_path / "tfa" / "5shot_seed1_0" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"tfa, 5 shots: no run of seed 1 \(found 0, 2\)"):
+    with pytest.raises(ValueError, match=r"tfa, 5-shot: no run of seed 1 \(found 0, 2\)"):
         write_report([tmp_path])
     text = write_report([tmp_path], allow_missing=True)
-    assert "tfa, 5 shots: seeds 0, 2." in text
-    assert "tfa, 5 shots: WITHOUT seeds 1." in text
+    assert "tfa, 5-shot: seeds 0, 2." in text
+    assert "tfa, 5-shot: WITHOUT seeds 1." in text
     assert "Seeds: 0, 2." in write_report([tmp_path], seeds=[0, 2])
     with pytest.raises(ValueError, match="no run of seed 3"):
         write_report([tmp_path], seeds=[0, 2, 3])
@@ -75,11 +76,83 @@ def test_repetitions_of_a_seed(tmp_path):
     for repeat in range(3):
         make_run(tmp_path, repeat=repeat, nap50=30.0 + repeat)
     text = write_report([tmp_path])
-    assert "Seeds: 0, 0 (repeat 1), 0 (repeat 2)." in text
+    assert "Seeds: 0 (repeats 0, 1, 2)." in text
     assert "31.00 ±" in text
     make_run(tmp_path / "copy", repeat=1)
     with pytest.raises(ValueError, match="are the same run twice"):
         write_report([tmp_path])
+
+
+def test_published_protocols_in_one_report(tmp_path):
+    """One seed repeated under fsod beside three seeds under gfsod: each section has its own seeds."""
+    for number in range(3):
+        make_run(tmp_path / "fsrw", repeat=number, setting="fsod")
+        make_run(tmp_path / "tfa", seed=number)
+    sections = build_report(load_results([tmp_path]))
+    assert [section.notes[0] for section in sections] == ["Seeds: 0 (repeats 0, 1, 2).", "Seeds: 0, 1, 2."]
+    assert not any(row.missing for section in sections for row in section.rows)
+
+
+def test_repetitions_and_seeds_are_told_apart(tmp_path):
+    """Seed 0 three times and seeds 0 to 2 are two protocols that share runs: never both in one mean unasked."""
+    for number in range(3):
+        make_run(tmp_path, repeat=number, nap50=30.0 + number)
+    for seed in (1, 2):
+        make_run(tmp_path, seed=seed, nap50=10.0)
+    with pytest.raises(ValueError, match=r"tfa, 1-shot: no run of seed 1, 2 \(repeats 1, 2\) \(found 0 \(repeats 0"):
+        write_report([tmp_path])
+
+    def mean(**choice):
+        (section,) = build_report(load_results([tmp_path]), **choice)
+        return section.rows[0].summary("nAP50").mean, section.notes
+
+    assert mean(seeds=[0])[0] == 31.0
+    assert mean(repeats=1)[0] == pytest.approx(50 / 3)
+    average, notes = mean(allow_missing=True)
+    assert average == pytest.approx(113 / 5) and any("interval is too narrow" in note for note in notes)
+    assert not any("interval is too narrow" in note for note in (*mean(seeds=[0])[1], *mean(repeats=1)[1]))
+
+
+def test_asking_for_no_runs(tmp_path):
+    """An empty list of seeds would leave the base stage alone, as if nothing else were there."""
+    fill(tmp_path)
+    make_run(tmp_path, "frcn", 0, 0, stage="base", samples_digest=None)
+    for choice in ({"seeds": []}, {"repeats": 0}):
+        with pytest.raises(ValueError, match="No runs are asked for"):
+            write_report([tmp_path], **choice)
+    with pytest.raises(ValueError, match="no run of seed 7"):
+        write_report([tmp_path], seeds=[7], allow_missing=True)
+
+
+def test_row_without_any_wanted_run_is_told(tmp_path, caplog):
+    fill(tmp_path, shots=(1,))
+    make_run(tmp_path, "other", seed=5)
+    (section,) = build_report(load_results([tmp_path]), seeds=[0, 1, 2], allow_missing=True)
+    assert section.labels == ("tfa",)
+    assert "Not in the report: other, 1-shot: no run of seed 0, 1, 2 (found 5)" in caplog.text
+
+
+def test_n_stands_beside_means_where_all_rows_lack_a_seed(tmp_path):
+    fill(tmp_path)
+    assert "n=" not in write_report([tmp_path], style="brief")
+    text = write_report([tmp_path], style="brief", seeds=range(4), allow_missing=True)
+    assert text.count("(n=3)") == 2 * 3
+
+
+def test_brief_report_names_the_settings(tmp_path):
+    """Two tables of one title under two settings would be taken for each other."""
+    make_run(tmp_path, "frcn", 0, 0, stage="base", samples_digest=None)
+    fill(tmp_path / "a")
+    assert "gfsod" not in write_report([tmp_path], style="brief")
+    fill(tmp_path / "b", setting="fsod")
+    text = write_report([tmp_path], style="brief")
+    assert text.startswith("voc split 1, fsod: voc_test_all1") and "\nvoc split 1, gfsod: voc_test_all1" in text
+
+
+def test_many_runs_in_few_words():
+    keys = [(0, n) for n in range(10)] + [(seed, 0) for seed in (1, 2, 3, 4, 7, 9)]
+    assert seed_words(keys) == "0 (repeats 0-9), 1-4, 7, 9"
+    assert seed_words([(0, 2), (1, 2)]) == "0, 1 (repeat 2)"
 
 
 def test_same_protocol_and_seed_with_another_config(tmp_path):

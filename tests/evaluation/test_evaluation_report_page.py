@@ -65,7 +65,7 @@ class TestPage:
         fill(tmp_path, shots=(1, 2, 5), seeds=3)
         next(tmp_path.rglob("5shot_seed2_0/result.json")).unlink()
         notes = only_section(tmp_path, allow_missing=True).notes
-        assert notes[:3] == ("Seeds: 0, 1, 2, but", "tfa, 5 shots: seeds 0, 1.", "tfa, 5 shots: WITHOUT seeds 2.")
+        assert notes[:3] == ("Seeds: 0, 1, 2, but", "tfa, 5-shot: seeds 0, 1.", "tfa, 5-shot: WITHOUT seeds 2.")
         assert notes[3].startswith("Some rows have 2 runs")
 
 
@@ -91,6 +91,8 @@ class TestFiles:
         sections = read_report([tmp_path / "runs"])
         with pytest.raises(ValueError, match='Unknown format "pdf" beside'):
             save_report(sections, tmp_path / "a.html", also=["pdf"])
+        with pytest.raises(ValueError, match="a.pdf: no format has this suffix"):
+            save_report(sections, tmp_path / "a.pdf")
         with pytest.raises(ValueError, match="Only an HTML page shows a gallery"):
             save_report(sections, tmp_path / "a.md", galleries=[Gallery("x", (), ())])
         assert not (tmp_path / "a.md").exists()

@@ -60,7 +60,7 @@ def test_runs_on_other_shots_are_left_out_and_named(tmp_path):
     (section,) = build_report(load_results([tmp_path]), metrics=["nAP50"])
     assert section.comparisons[0].difference.seeds == ((0, 0), (2, 0))
     table = pair_rows((section,), "Calibration")
-    assert "defrcn, 1 shots, seed 1 (other K-shot files)" in table.note
+    assert "defrcn, 1-shot, seed 1 (other K-shot files)" in table.note
     assert "Fewer than 3 pairs are no evidence" in table.note
 
 
@@ -69,7 +69,7 @@ def test_runs_without_partner_are_named(tmp_path):
     next((tmp_path / "pcb").rglob("1shot_seed2_0/result.json")).unlink()
     (section,) = build_report(load_results([tmp_path]), metrics=["nAP50"], allow_missing=True)
     assert section.comparisons[0].difference.values == pytest.approx((4.0, 1.0))
-    assert "Left out, without a partner: defrcn, 1 shots, seed 2." in pair_rows((section,), "Calibration").note
+    assert "Left out, without a partner: defrcn, 1-shot, seed 2." in pair_rows((section,), "Calibration").note
     rows = dict(section.tables[0].rows)
     assert rows["defrcn"].endswith("(n=3)") and rows[f"defrcn + {PCB}"].endswith("(n=2)")
 
@@ -120,6 +120,8 @@ def test_what_cannot_be_compared_is_explained(tmp_path):
         build_report(results, compare=[("defrcn", "tfa")])
     with pytest.raises(ValueError, match=r"the results have the methods \['defrcn', 'tfa'\]"):
         build_report(results, compare=[("defrcn", "fewx")])
+    with pytest.raises(ValueError, match="between tfa and tfa: they are one name"):
+        build_report(results, compare=[("tfa", "tfa")])
     with pytest.raises(ValueError, match="between two methods, got 'defrcn'"):
         build_report(results, compare=("defrcn", "tfa"))
 

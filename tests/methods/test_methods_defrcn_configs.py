@@ -31,7 +31,8 @@ def test_novel_stage_resolves_for_every_value(data):
                 opts = ["FEWSHOT.SPLIT", str(split), "FEWSHOT.SETTING", setting, "FEWSHOT.SHOT", str(shot)]
                 cfg = load_config(str(CONFIGS / f"{data}_novel.yaml"), opts)
                 assert count == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-                assert all(0 < step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS) and cfg.SOLVER.STEPS
+                assert all(0 < step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS)
+                assert bool(cfg.SOLVER.STEPS) == (cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR")
                 surgered = "remove_novel" if setting == "fsod" else "randinit"
                 assert f"{cfg.FEWSHOT.BASE_RUN}/model_{surgered}.pth" == cfg.MODEL.WEIGHTS
                 assert cfg.MODEL.ROI_HEADS.FREEZE_FEAT and cfg.TEST.CALIBRATION.ENABLED

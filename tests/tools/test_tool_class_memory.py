@@ -72,12 +72,13 @@ def test_edits(tool, paths, tmp_path, capsys, arguments, expected):
         (["remove", "{0}", "cow", "dog"], "No class 'dog'"),
         (["copy", "{0}", "--source", "{1}", "art", "bus"], "'bus' is in this memory already"),
         (["list", "{0}_gone"], "first_gone.json not found"),
+        (["list", str(TOOL.parent)], "tools is a folder; name the memory in it"),
     ],
 )
 def test_faults_change_nothing(tool, paths, capsys, arguments, message):
     assert tool([word.format(*paths) for word in arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("class_memory: ") and message in error
+    assert error.startswith("error: ") and message in error
     assert values(paths[0]) == {"cow": 1, "bus": 2}
 
 

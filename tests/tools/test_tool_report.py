@@ -72,8 +72,22 @@ def test_missing_seeds(results, monkeypatch, capsys):
 
 def test_seed_lists():
     assert tool.seed_range("0-3,7") == [0, 1, 2, 3, 7]
-    with pytest.raises(tool.argparse.ArgumentTypeError, match="write 0-9 or 0,1,4"):
-        tool.seed_range("all")
+    for wrong in ("all", "9-0", ""):
+        with pytest.raises(tool.argparse.ArgumentTypeError, match="write 0-9 or 0,1,4"):
+            tool.seed_range(wrong)
+
+
+def test_repetitions(results, monkeypatch, capsys):
+    make_run(results, "tfa", 1, 0, repeat=1)
+    assert call(monkeypatch, results) == 1
+    assert "--repeats" in capsys.readouterr().err
+    assert call(monkeypatch, results, "--repeats", "1") == 0
+
+
+def test_place_that_cannot_be_written(results, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, results, "--output", tmp_path / "file" / "a.html") == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_as_a_program(tmp_path):

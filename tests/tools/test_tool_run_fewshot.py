@@ -92,6 +92,7 @@ def test_who_does_the_runs(tool, tmp_path, monkeypatch):
     ("words", "said"),
     [
         (("--shots", "one"), '"one" is no number'),
+        (("--shots", "1", "--seeds", "0", "5-2"), '"5-2" is no number and no range'),
         (("--seeds", "0"), "choose --shots"),
         (("--shots", "1", "--jobs", "0"), "0 workers"),
         (("--shots", "1", "--repeats", "0"), "repeats is 0"),
@@ -137,7 +138,8 @@ def test_missing_runs_are_named_and_never_averaged(module, monkeypatch, capsys, 
     def run_sweep(sweep, **_):
         raise IncompleteSweep(plan, {"5shot_seed1": "out of memory"})
 
-    def write_report(results, *output, allow_missing, **_):
+    def write_report(results, *output, allow_missing, seeds, repeats, **_):
+        assert seeds == (0, 1) and repeats == 1
         reports.append(([path.parent.name for path in results], allow_missing, output))
         return "tables"
 
