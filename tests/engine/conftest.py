@@ -177,7 +177,7 @@ def write_config(tmp_path, squares):
         }
         for section, values in sections.items():
             if isinstance(values, dict):
-                update(config[section], values)
+                update(config.setdefault(section, {}), values)
             else:
                 config[section] = values
         path = tmp_path / name

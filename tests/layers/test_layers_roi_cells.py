@@ -98,3 +98,20 @@ def test_boxes_keep_single_precision():
         cells = pool_cells(features, rois, size=7, step=2, scale=1 / STRIDE)
     assert cells.dtype == torch.bfloat16
     torch.testing.assert_close(cells, expected.bfloat16(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_equals_cpu():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 6, HEIGHT, WIDTH, generator=generator)
+    rois = rois_of(torch.cat([SPECIAL, boxes_inside(50, generator)]), generator)
+    grad = torch.randn(len(rois), 6, 4, 4, generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        x = features.to(device).requires_grad_(True)
+        cells = pool_cells(x, rois.to(device), size=7, step=2, scale=1 / STRIDE)
+        (sent,) = torch.autograd.grad(cells, x, grad.to(device))
+        found.append((cells.detach().cpu(), sent.cpu()))
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(cpu, gpu, atol=1e-4, rtol=1e-4)

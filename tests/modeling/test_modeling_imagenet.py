@@ -109,6 +109,16 @@ def test_half_weights_and_absent_counters_are_taken(torchvision_r50, encoder):
     assert (other(PICTURE, BOXES) - encoder(PICTURE, BOXES)).abs().max() < 1e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_computes_with_all_bits(torchvision_r50):
+    """TF32 would leave differences of a thousandth of the largest output."""
+    on_cpu = build_encoder("resnet50", torchvision_r50.state_dict(), "test")(PICTURE, BOXES)
+    on_gpu = build_encoder("resnet50", torchvision_r50.state_dict(), "test").to("cuda")(PICTURE, BOXES).cpu()
+    assert (on_cpu - on_gpu).abs().max() < 1e-4 * on_cpu.abs().max()
+    assert torch.backends.cudnn.allow_tf32, "the setting of the process is put back"
+
+
 def test_building_draws_no_random_number(torchvision_r50):
     state = torch.get_rng_state()
     build_encoder("resnet50", torchvision_r50.state_dict(), "r50.pth")
