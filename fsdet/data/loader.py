@@ -93,18 +93,22 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
 
 
 class PlannedDataset(Dataset[dict[str, Any]]):
-    """Records addressed by (epoch, index); the pair and the seed decide the augmentation."""
+    """Records addressed by (epoch, index); the pair and the seed decide the augmentation.
 
-    def __init__(self, records: list[dict[str, Any]], mapper: FewShotMapper, seed: int) -> None:
+    With `views` given, a record has that many augmentations, which return in turn: epoch e shows view e mod `views`.
+    """
+
+    def __init__(self, records: list[dict[str, Any]], mapper: FewShotMapper, seed: int, *, views: int = 0) -> None:
         self.records = DatasetFromList(records, copy=False)  # serialised once, shared by the workers
-        self.mapper, self.seed = mapper, seed
+        self.mapper, self.seed, self.views = mapper, seed, views
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        return self.mapper({**self.records[index], "augmentation_seed": (self.seed, epoch, index)})
+        view = epoch % self.views if self.views else epoch
+        return self.mapper({**self.records[index], "augmentation_seed": (self.seed, view, index)})
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,7 +172,7 @@ def build_train_loader(
         world_size=world_size,
     )
     return DataLoader(
-        PlannedDataset(records, FewShotMapper(cfg, True), seed),
+        PlannedDataset(records, FewShotMapper(cfg, True), seed, views=cfg.DATALOADER.VIEWS),
         batch_sampler=plan,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,15 +183,22 @@ def _if_there(read: Callable[[], T], otherwise: T) -> T:
         return otherwise
 
 
-def result_digest(cfg: CfgNode) -> str:
-    """Digest of the recipe behind a result: the configuration without folders, device and draw.
+# Switches that came later. Where one is off it is left out of digests, so that they are those of older runs.
+_LATER = (
+    "FEWSHOT.TEST_LIST", "DATALOADER.VIEWS", "MODEL.BACKBONE.CACHE_MIB", "MODEL.BACKBONE.CHANNELS_LAST",
+    "MODEL.ROI_HEADS.BACKGROUND_KEPT", "MODEL.RPN.NEGATIVES_KEPT", "SOLVER.FUSED",
+)  # fmt: skip
 
-    Calibration and list of test images are left out where they are off, so that the digest is that of a run which does
-    not know them.
-    """
-    unused = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
-    unused += [] if cfg.FEWSHOT.TEST_LIST else ["FEWSHOT.TEST_LIST"]
-    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT", *unused))
+
+def _switched_off(cfg: CfgNode) -> list[str]:
+    """Keys of switches that are off, calibration with all that belongs to it."""
+    keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
+    return keys + [key for key in _LATER if not reduce(getitem, key.split("."), cfg)]
+
+
+def result_digest(cfg: CfgNode) -> str:
+    """Digest of the recipe behind a result: the configuration without folders, device and draw."""
+    return config_digest(cfg, without=(*RUN_KEYS, "FEWSHOT.BASE_RUN", "FEWSHOT.OUTPUT", *_switched_off(cfg)))
 
 
 # What may change between the parts of one run: its length, how a step is computed, what is kept and tested.
@@ -203,7 +212,7 @@ _RESUMABLE = (
 def resume_digest(cfg: CfgNode) -> str:
     """Digest of what a resumed run must share with the part that it continues."""
     without = [key for key in RUN_KEYS if key not in ("SEED", "FEWSHOT.SEED")]
-    return config_digest(cfg, without=(*without, *_RESUMABLE))
+    return config_digest(cfg, without=(*without, *_RESUMABLE, *_switched_off(cfg)))
 
 
 def check_fresh(cfg: CfgNode) -> None:

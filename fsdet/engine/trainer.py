@@ -29,7 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.data.loader import build_train_loader
 from fsdet.engine.hooks import EvaluationHook, GracefulStop
+from fsdet.modeling.feature_cache import MIB, FeatureCache
 from fsdet.modeling.freeze import apply_freeze
+from fsdet.modeling.region_sampling import apply_thinning
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,38 @@ def step_seed(seed: int, iteration: int, piece: int) -> int:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2 model of a configuration, with the parts that it freezes frozen."""
+    """Detectron2 model of a configuration, with the parts that it freezes frozen and its ways of training faster.
+
+    Raises: ValueError for switches that find nothing to act on.
+    """
     model = build_model(cfg)
     trainable = apply_freeze(model, cfg)
+    apply_thinning(model, cfg)
+    if cfg.MODEL.BACKBONE.CHANNELS_LAST:
+        model.backbone.to(memory_format=torch.channels_last)
+    if cfg.MODEL.BACKBONE.CACHE_MIB:
+        FeatureCache(model, cfg.MODEL.BACKBONE.CACHE_MIB * MIB)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%d trainable parameters in %s", count, ", ".join(trainable))
     return model
+
+
+def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's optimizer of the trainable parameters, whose step is one pass over memory with SOLVER.FUSED."""
+    optimizer = build_optimizer(cfg, model)
+    fuse(optimizer, cfg)
+    return optimizer
+
+
+def fuse(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> None:
+    """Set how the steps are computed; call it again for an optimizer whose state was loaded."""
+    for group in optimizer.param_groups if cfg.SOLVER.FUSED else ():
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if state.get("momentum_buffer") is not None:
+                # The fused kernel does not look at strides: saved momentum must lie in memory as its parameter does.
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
 
 
 def precision(cfg: CfgNode) -> torch.dtype | None:
@@ -91,7 +119,7 @@ class Trainer(TrainerBase):
         self.seconds = 0.0  # spent in training without evaluations, over all resumed parts
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         model = build_detector(cfg)
-        self.optimizer = build_optimizer(cfg, model)
+        self.optimizer = make_optimizer(cfg, model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.model = self._distribute(model)
         self.grad_scaler = torch.amp.GradScaler(enabled=precision(cfg) is torch.float16)
@@ -240,5 +268,6 @@ class Trainer(TrainerBase):
         """Restore seed, optimizer and schedule."""
         self.iter, self.seed, self.seconds = (state_dict[key] for key in ("iteration", "seed", "seconds"))
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        fuse(self.optimizer, self.cfg)
         self.scheduler.load_state_dict(state_dict["scheduler"])
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -97,6 +97,23 @@ def _solver_faults(cfg: CfgNode) -> list[str]:
     return faults
 
 
+def _speed_faults(cfg: CfgNode) -> list[str]:
+    """Faults of what makes fine-tuning faster."""
+    keys = (
+        "MODEL.ROI_HEADS.BACKGROUND_KEPT",
+        "MODEL.RPN.NEGATIVES_KEPT",
+        "MODEL.BACKBONE.CACHE_MIB",
+        "DATALOADER.VIEWS",
+    )
+    faults = [f"{key} is {_value(cfg, key)}; it cannot be negative (0: off)" for key in keys if _value(cfg, key) < 0]
+    if cfg.MODEL.BACKBONE.CACHE_MIB and not cfg.MODEL.BACKBONE.FREEZE:
+        faults.append(
+            f"MODEL.BACKBONE.CACHE_MIB is {cfg.MODEL.BACKBONE.CACHE_MIB}, but the backbone trains and its features "
+            "change; set MODEL.BACKBONE.FREEZE True, or CACHE_MIB 0"
+        )
+    return faults
+
+
 def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """Check ranges and combinations.
 
@@ -104,6 +121,6 @@ def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """
     faults = _protocol_faults(cfg)
     if not only_protocol:
-        faults += _solver_faults(cfg)
+        faults += _solver_faults(cfg) + _speed_faults(cfg)
     if faults:
         raise ValueError("The configuration cannot run:\n  " + "\n  ".join(faults))

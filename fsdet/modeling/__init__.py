@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from fsdet.modeling import backbones, ignore_regions, roi_heads  # noqa: F401 (they register themselves)
+from fsdet.modeling import backbones, ignore_regions, roi_heads, rpn_head  # noqa: F401 (they register themselves)
 
 
 def add_modeling_config(cfg: CfgNode) -> None:
@@ -22,6 +22,21 @@ def add_modeling_config(cfg: CfgNode) -> None:
     # C4 heads: pool and compute only those cells of a region that the strided 1x1 convolutions of res5 read, a quarter
     # of them. Without effect where the stride is in the 3x3 convolutions. False: as Detectron2, bit for bit.
     cfg.MODEL.ROI_HEADS.SKIP_UNREAD_CELLS = True
+
+    # Fewer negative examples at the same expected loss (fsdet.modeling.region_sampling), counted per image: of the
+    # sampled background regions, or negative anchors, this many are kept and stand in for all; 0: all are kept.
+    # Foreground stays whole. Fewer anchors save time with MODEL.RPN.HEAD_NAME "SparseGradientRPNHead".
+    cfg.MODEL.ROI_HEADS.BACKGROUND_KEPT = 0
+    cfg.MODEL.RPN.NEGATIVES_KEPT = 0
+
+    # Backbone: channels-last memory format, same numbers up to rounding; pays on a CPU.
+    cfg.MODEL.BACKBONE.CHANNELS_LAST = False
+    # SGD in one pass over parameters, gradients and momentum; same numbers up to rounding.
+    cfg.SOLVER.FUSED = False
+    # Memory in MiB for the features of training pictures (fsdet.modeling.feature_cache), 0: none. For a backbone that
+    # is frozen as a whole. A picture has as many views as sizes and flips, at most DATALOADER.VIEWS (0: as many).
+    cfg.MODEL.BACKBONE.CACHE_MIB = 0
+    cfg.DATALOADER.VIEWS = 0
 
     cfg.MODEL.IGNORE_REGIONS = CfgNode()
     # An anchor or proposal lies in an ignore region when this share of its own area does; in (0, 1]. Our choice: half.

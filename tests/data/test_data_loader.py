@@ -140,7 +140,7 @@ def make_cfg(records, clean_catalogs):
 
     def make(*opts):
         cfg = get_cfg()
-        cfg.DATALOADER.GROUP_SIZE = 0
+        cfg.DATALOADER.GROUP_SIZE = cfg.DATALOADER.VIEWS = 0
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (NAME,), (NAME,)
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (32, 40, 48, 56, 64), 40
         cfg.SOLVER.IMS_PER_BATCH = 4
@@ -245,6 +245,28 @@ def test_workers_do_not_change_the_batches(make_cfg):
     assert batches(2) == alone
     assert batches(2, start=4, count=2) == alone[4:]
     assert any(-1 in classes for batch in alone for *_, classes in batch)
+
+
+def test_views_return_in_turn(make_cfg, records):
+    """Epoch e shows view e mod 3 of a record, in every order and with every number of workers."""
+    mapper = FewShotMapper(make_cfg(), True)
+    limited, free = (PlannedDataset(records, mapper, 1, views=views) for views in (3, 0))
+    for index in range(5):
+        images = [limited[epoch, index]["image"] for epoch in range(9)]
+        assert all(torch.equal(images[epoch], images[epoch % 3]) for epoch in range(9))
+        assert all(torch.equal(images[epoch], free[epoch, index]["image"]) for epoch in range(3))
+    assert (
+        len({content([limited[e, i]])[0][0] + str(limited[e, i]["image"].shape) for e in range(3) for i in range(5)})
+        > 5
+    )
+
+    def batches(workers, start=0, count=9):
+        cfg = make_cfg("DATALOADER.NUM_WORKERS", workers, "DATALOADER.VIEWS", 2)
+        return [content(batch) for batch in islice(iter(build_train_loader(cfg, seed=7, start=start)), count)]
+
+    alone = batches(0)
+    assert batches(2, start=6, count=3) == alone[6:]
+    assert max(len({str(item) for b in alone for item in b if item[0] == r["file_name"]}) for r in records) == 2
 
 
 def test_two_ranks_load_the_batch_of_one(make_cfg):

@@ -58,3 +58,29 @@ def test_calibration_pair_detects_the_same(monkeypatch):
     assert len(calibrated) == len(raw) > 0 and not torch.equal(calibrated.scores, raw.scores)
     lines = [pair.line() for pair in run_benchmarks(["defrcn-train"], rounds=1, size=64, threads=1)]
     assert len(lines) == 1
+
+
+def test_finetuning_pairs_run(monkeypatch):
+    """Both recipes keep the filled quota of eight foreground regions; the fast one computes fewer of the others."""
+    narrow = (
+        "MODEL.RESNETS.DEPTH",
+        "50",
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        "4",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "16",
+    )
+    narrow += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8")
+    original, built = benchmark_defrcn._config, []
+    monkeypatch.setattr(benchmark_defrcn, "_config", lambda file, size, *opts: original(file, size, *narrow, *opts))
+    build = benchmark_defrcn.build_detector
+    monkeypatch.setattr(benchmark_defrcn, "build_detector", lambda cfg: built.append(build(cfg)) or built[-1])
+    lines = [pair.line() for pair in run_benchmarks(["finetune", "finetune-fast"], rounds=1, size=96, threads=1)]
+    assert len(lines) == 2
+    (_, fast), (_, slow) = BENCHMARKS["finetune-small"](96)
+    counts = []
+    for model in built[-2:]:
+        model.roi_heads.res5.register_forward_hook(lambda module, args, output: counts.append(len(output)))
+    fast()
+    slow()
+    assert counts == [4 * (8 + 6), 4 * 32]

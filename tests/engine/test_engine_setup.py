@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fsdet.engine.record import _LATER as LATER
 from fsdet.engine.record import result_digest
 from fsdet.engine.schedule import find_row
 from fsdet.engine.setup import default_config, load_config
@@ -182,3 +183,19 @@ def test_find_row_wildcards():
         find_row(rows, split=1, setting="gfsod", shot=1)
     with pytest.raises(ValueError, match="7 columns"):
         find_row([[1, 2]], split=1, setting="gfsod", shot=1)
+
+
+def test_switches_that_are_off_are_no_part_of_a_digest(monkeypatch):
+    """Results from before they existed stay valid; switched on they make another recipe."""
+    file, words = str(CONFIGS / "tfa" / "voc_cos.yaml"), ["FEWSHOT.SHOT", "1"]
+    plain = load_config(file, words)
+    older = plain.clone()
+    older.defrost()
+    for key in ("VIEWS",):
+        del older.DATALOADER[key]
+    monkeypatch.setattr("fsdet.engine.record._switched_off", lambda cfg: ["TEST.CALIBRATION", *LATER])
+    before = result_digest(older)
+    monkeypatch.undo()
+    assert result_digest(plain) == before
+    for key, value in (("DATALOADER.VIEWS", "4"), ("SOLVER.FUSED", "True"), ("FEWSHOT.TEST_LIST", "a.txt")):
+        assert result_digest(load_config(file, [*words, key, value])) != before
