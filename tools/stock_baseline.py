@@ -87,7 +87,9 @@ def main() -> None:
     trainer = StockTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     started = time.perf_counter()
-    with torch.autocast(torch.device(cfg.MODEL.DEVICE).type, torch.bfloat16, enabled=args.bf16):
+    # Without its cache, which would keep the weights of the first step: the context is left only after the last one.
+    device = torch.device(cfg.MODEL.DEVICE).type
+    with torch.autocast(device, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         metrics = trainer.train()
     record = {"metrics": metrics, "bf16": args.bf16, "seconds": time.perf_counter() - started, "config": cfg.dump()}
     (args.output / "result.json").write_text(json.dumps(record, indent=1))
