@@ -5,23 +5,26 @@ Examples:
     python tools/benchmark.py
     python tools/benchmark.py --only evaluator tfa-freeze --rounds 9 --size 400
     python tools/benchmark.py --only calibration --size 800 --threads 1
+    python tools/benchmark.py --only fewx-class --size 480 --classes 5 20
 """
 
 import argparse
 
-from fsdet.engine.benchmark import BENCHMARKS, MEMORY, run_benchmarks
+from fsdet.engine.benchmark import BENCHMARKS, MEASURED, MEMORY, run_benchmarks
 
 
 def main() -> None:
     """Parse the command line, time, print one line a pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS | MEMORY), help="pairs (default: all)")
+    names = [*BENCHMARKS, *MEMORY, *MEASURED]
+    parser.add_argument("--only", nargs="+", choices=sorted(names), default=names, help="pairs (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair")
     parser.add_argument("--size", type=int, default=240, help="shorter side of the pictures in pixels")
     parser.add_argument("--threads", type=int, default=0, help="n > 0: n threads, and CPU time instead of wall time")
+    parser.add_argument("--classes", type=int, nargs="+", default=(), help="numbers of classes of the fewx pairs")
     args = parser.parse_args()
-    names = args.only or [*BENCHMARKS, *MEMORY]
-    for pair in run_benchmarks(names, rounds=args.rounds, size=args.size, threads=args.threads):
+    sizes = {"rounds": args.rounds, "size": args.size, "threads": args.threads, "classes": args.classes}
+    for pair in run_benchmarks(args.only, **sizes):
         print(pair.line(), flush=True)
 
 

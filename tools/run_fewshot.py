@@ -16,9 +16,9 @@ from pathlib import Path
 
 from fsdet.engine.sweep import IncompleteSweep, Sweep, make_plan, run_sweep
 from fsdet.engine.sweep_jobs import LocalJobs, cpu_slots, gpu_slots
-from fsdet.engine.sweep_plan import sweep_output
+from fsdet.engine.sweep_plan import check_shots, sweep_output
 from fsdet.engine.sweep_presets import PRESETS, Preset, published_shots
-from fsdet.engine.sweep_progress import plan_table
+from fsdet.engine.sweep_progress import plan_table, state
 from fsdet.engine.sweep_slurm import SlurmJobs
 from fsdet.evaluation.report import write_report
 
@@ -116,7 +116,9 @@ def main() -> int:
         sweep = read_sweep(args)
         workers = read_workers(args, sweep)
         if args.dry_run:
-            print(plan_table(make_plan(sweep), workers.width))
+            plan = make_plan(sweep)
+            print(plan_table(plan, workers.width), flush=True)
+            check_shots(plan, {run for run in plan if state(run) == "done"})
             return 0
         try:
             results = run_sweep(

@@ -18,7 +18,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from fsdet.checkpoint.predictor import first_difference, predictor_classes, recorded_classes
-from fsdet.checkpoint.safe_io import METADATA_KEY, CheckpointFileError, load_weights, save_atomic, save_text_atomic
+from fsdet.checkpoint.safe_io import METADATA_KEY, CheckpointFileError, load_weights, save_atomic
+from fsdet.data.files import save_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class FewShotCheckpointer(DetectionCheckpointer):
     Attributes:
         report: LoadReport of the last load; None before the first one.
         source: file or address of the last load; "" when there was none.
+        recorded: what the file of the last load says of itself, as far as it does: "fsdet" (its metadata), "iteration",
+            and "seconds" of training (read where the trainer's state is not loaded).
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self.metadata = dict(metadata or {})
         self.report: LoadReport | None = None
         self.source = ""
+        self.recorded: dict[str, Any] = {}
         self._use_heuristics = False
         self._already_read: dict[str, dict[str, Any]] = {}
         self._loading: dict[str, Any] = {}
@@ -113,7 +117,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         path = os.fspath(path or "")
         self._use_heuristics = path.endswith(_HEURISTICS_QUERY)
         path = path.removesuffix(_HEURISTICS_QUERY)
-        self.source, self.report = path, None
+        self.source, self.report, self.recorded = path, None, {}
         if path and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint {path} not found; check MODEL.WEIGHTS")
         try:
@@ -123,6 +127,10 @@ class FewShotCheckpointer(DetectionCheckpointer):
             # Later Detectron2 keeps the parsed address here and would trip over it after a failed load.
             if hasattr(self, "_parsed_url_during_load"):
                 self._parsed_url_during_load = None
+        # Not the whole rest, which holds an optimizer's state.
+        said = {key: rest.get(key) for key in (METADATA_KEY, "iteration")}
+        said["seconds"] = rest.get("trainer", {}).get("seconds")
+        self.recorded = {key: value for key, value in said.items() if value is not None}
         if self.report is not None:
             logger.info("%s: %s", path, self.report.describe(limit=0).splitlines()[0])
         return rest

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_atomic, save_safetensors, sha256_of
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_atomic, save_safetensors
+from fsdet.data.files import sha256_of
 
 Table = Sequence[tuple[str, str | None]]
 
@@ -47,7 +48,10 @@ OFFICIAL_DEFRCN: Table = (
     *_SAME,
 )
 
-TABLES: dict[str, Table] = {"defrcn": OFFICIAL_DEFRCN, "tfa": OFFICIAL_TFA}
+# FewX (fanq15/FewX). All names are the same here.
+OFFICIAL_FEWX: Table = (*_GONE, *_SAME)
+
+TABLES: dict[str, Table] = {"defrcn": OFFICIAL_DEFRCN, "fewx": OFFICIAL_FEWX, "tfa": OFFICIAL_TFA}
 
 
 @dataclass(frozen=True)

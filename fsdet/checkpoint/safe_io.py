@@ -8,13 +8,10 @@ is killed while saving leaves the previous file whole.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import safetensors.torch
 import torch
 
 from fsdet.checkpoint.array_pickle import admitted_globals, load_arrays, resolve_arrays
+from fsdet.data.files import replacing
 
 # What the weights-only loader takes as it is.
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -127,30 +125,6 @@ def _as_checkpoint(data: Any, path: Path) -> dict[str, Any]:
     return data
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what is written there replaces `path` only when the block succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_atomic(obj: Mapping[str, Any], path: str | Path) -> None:
     """Write tensors and plain Python values as a `.pth` that loads weights-only; numpy values become plain ones.
 
@@ -183,12 +157,6 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def save_text_atomic(text: str, path: str | Path) -> None:
-    """Write a small text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def save_safetensors(
     state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -208,9 +176,3 @@ def save_safetensors(
     header = {METADATA_KEY: json.dumps(metadata)} if metadata else None
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, header)
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from fsdet.checkpoint.predictor import first_difference, predictor_classes, predictor_prefixes, recorded_classes
-from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_atomic, save_safetensors, sha256_of
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_atomic, save_safetensors
+from fsdet.data.files import sha256_of
 
 METHODS = ("remove", "randinit", "combine")
 

@@ -18,6 +18,7 @@ from detectron2.data import build_detection_test_loader, get_detection_dataset_d
 from detectron2.data.common import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fsdet.data.episodes import EpisodicDataset, build_episodes
 from fsdet.data.mapper import FewShotMapper
 
 
@@ -140,12 +141,15 @@ def build_train_loader(
 ) -> DataLoader[list[dict[str, Any]]]:
     """Loader of the planned batches of `cfg.DATASETS.TRAIN`, from iteration `start` on.
 
+    With INPUT.FS.ENABLED the records are split into queries, and each item carries supports (`EpisodicDataset`).
+
     Args:
         cfg: a resolved configuration; reads DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, DATALOADER.*, INPUT.*.
-        seed: of order and augmentation. Any number of workers gives the same batches.
+        seed: of order, augmentation and supports. Any number of workers gives the same batches.
         start: first iteration.
         rank, world_size: the piece of each batch that this process trains on.
-    Raises: ValueError for an empty data set, a batch that the processes cannot share or an unknown sampler.
+    Raises: ValueError for an empty data set, a batch that the processes cannot share or an unknown sampler; as
+        `build_episodes`.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(
@@ -160,6 +164,10 @@ def build_train_loader(
             f"{', '.join(cfg.DATASETS.TRAIN)}: no image with an object is left to train on; check the annotations, "
             "the class split and FEWSHOT.LEAK"
         ) from error
+    fs = cfg.INPUT.get("FS")  # a plain Detectron2 configuration has none
+    episodes = None
+    if fs is not None and fs.ENABLED:
+        records, episodes = build_episodes(cfg, records, seed=seed)
     wide = [r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     plan = BatchPlan(
         len(records),
@@ -171,8 +179,13 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
     )
+    dataset: Dataset[dict[str, Any]] = PlannedDataset(
+        records, FewShotMapper(cfg, True), seed, views=cfg.DATALOADER.VIEWS
+    )
+    if episodes is not None:
+        dataset = EpisodicDataset(dataset, episodes, crop_size=fs.CROP_SIZE, cache_mib=fs.CACHE_MIB)
     return DataLoader(
-        PlannedDataset(records, FewShotMapper(cfg, True), seed, views=cfg.DATALOADER.VIEWS),
+        dataset,
         batch_sampler=plan,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,

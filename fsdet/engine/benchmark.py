@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from fsdet.engine import benchmark_defrcn
+from fsdet.engine import benchmark_defrcn, benchmark_fewx
 from fsdet.engine.benchmark_parts import (
     Pair,
     Work,
@@ -27,21 +27,26 @@ from fsdet.evaluation.coco_style import coco_precision
 from fsdet.evaluation.ground_truth import Detections, GroundTruth
 
 
-def run_benchmarks(names: Sequence[str], *, rounds: int = 5, size: int = 240, threads: int = 0) -> Iterator[Pair]:
+def run_benchmarks(
+    names: Sequence[str], *, rounds: int = 5, size: int = 240, threads: int = 0, classes: Sequence[int] = ()
+) -> Iterator[Pair]:
     """Measure the named pairs.
 
     Args:
-        names: keys of `BENCHMARKS` or `MEMORY`.
+        names: keys of `BENCHMARKS`, `MEMORY` or `MEASURED`.
         rounds: counted rounds of each.
         size: shorter side of the pictures in pixels.
         threads: 0 measures wall time with as many threads as PyTorch takes; n > 0 takes n threads and, without a GPU,
-            measures CPU time.
+            measures CPU time. The pairs of `MEASURED` measure CPU time with one thread in any case.
+        classes: numbers of classes of the pairs of `MEASURED`, one line each; () takes each pair's own.
     """
     if threads:
         torch.set_num_threads(threads)
     measure = cpu_seconds if threads and not torch.cuda.is_available() else wall_seconds
     for name in names:
-        if name in MEMORY:
+        if name in MEASURED:
+            yield from MEASURED[name](size, rounds, classes)
+        elif name in MEMORY:
             yield measure_pair(name, *MEMORY[name](size), rounds, peak_mib, "MiB")
         else:
             yield measure_pair(name, *BENCHMARKS[name](size), rounds, measure)
@@ -132,3 +137,4 @@ BENCHMARKS = {
     **benchmark_defrcn.BENCHMARKS,
 }
 MEMORY = benchmark_defrcn.MEMORY
+MEASURED = benchmark_fewx.MEASURED

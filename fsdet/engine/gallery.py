@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 
 from fsdet.data.catalog import sample_files
 from fsdet.data.seeds import digest_of
-from fsdet.data.support import Support, SupportSet
+from fsdet.data.support import Support, SupportSet, read_picture
 from fsdet.engine.record import RESULT_FILE
 from fsdet.engine.setup import (
     config_classes,
@@ -128,15 +127,7 @@ def _support_picture(support: Support) -> Picture:
 
 
 def _read(file_name: str) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, turned as its EXIF data says."""
-    try:
-        return read_image(file_name, format="RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{file_name}: picture not found; unpack the data set again, or say where it is with --data-root"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{file_name}: cannot be decoded ({error}); replace the file") from error
+    return read_picture(file_name, "RGB", remedy=", or say where it is with --data-root")
 
 
 def _facts(result: RunResult | None, truth: GroundTruth, class_id: int, detected: int, missed: int) -> str:

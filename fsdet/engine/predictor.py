@@ -1,4 +1,4 @@
-"""Detect objects in pictures with a finished run: three lines of Python, or `predict_files` for images and folders.
+"""Detect objects in pictures with a finished run, in three lines of Python.
 
     from fsdet.engine.predictor import Predictor
 
@@ -6,17 +6,19 @@
     detections = predictor("street.jpg")
     predictor.draw("street.jpg", detections).save("drawn.jpg")
 
+A detector that reads examples detects new classes at once, see `Predictor.learn`:
+
+    predictor = Predictor.from_run("output/fewx/r50_c4/coco/base", support="supports")  # one folder of pictures a class
+    predictor.learn({"mug": ["mug.jpg", ("desk.jpg", (40, 60, 120, 160))]})
+
 Pictures are prepared as for an evaluation. Only pictures that enter the network at the same size share a batch, so what
 is found in one never depends on the others.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +26,27 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
-from detectron2.structures import Instances
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from fsdet.checkpoint.checkpointer import FewShotCheckpointer
-from fsdet.checkpoint.safe_io import save_text_atomic
-from fsdet.data.drawing import MIN_SIDE, Mark, class_colours, draw_marks
-from fsdet.data.mapper import ImageError
-from fsdet.engine.calibrated import calibrate, recall_or_encode
-from fsdet.engine.setup import load_config, on_this_machine, run_classes
-from fsdet.engine.trainer import build_detector
+from fsdet.data.drawing import MIN_SIDE, class_colours
+from fsdet.data.pictures import Source, read_pixels
+from fsdet.data.support_folder import read_support_folder
+from fsdet.engine.calibrated import calibrate, is_calibrated
+from fsdet.engine.detection import Detection, detections_of, draw_detections
+from fsdet.engine.finished_run import for_inference, load_detector, read_finished_run
+from fsdet.engine.memories import recall_or_encode
+from fsdet.engine.open_classes import (
+    Examples,
+    check_memory,
+    has_open_classes,
+    memory_with,
+    require_open_classes,
+    support_set_of,
+)
+from fsdet.engine.setup import run_classes
+from fsdet.modeling.class_memory import ClassMemory
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# What Pillow raises on broken, torn and oversized files.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-
-Source = str | Path | Image.Image | np.ndarray
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object found.
-
-    Attributes:
-        class_name: name of its class.
-        score: confidence in [0, 1]; a calibrated one (an average with a cosine) can be below 0.
-        box: (x0, y0, x1, y1) in pixels of the picture as it is shown (after its EXIF rotation).
-        class_id: position of the class in `Predictor.class_names`.
-    """
-
-    class_name: str
-    score: float
-    box: tuple[float, float, float, float]
-    class_id: int
 
 
 class Predictor:
@@ -69,6 +55,7 @@ class Predictor:
     A run that calibrates its detections (TEST.CALIBRATION) does so here as well.
 
     Attributes:
+        cfg: configuration of the detector.
         class_names: classes in the order of the predictor.
         novel_names: those of them that are novel (empty when unknown).
         threshold: smallest score that is returned; may be changed at any time.
@@ -87,14 +74,14 @@ class Predictor:
 
         Args:
             model: Detectron2 detector with its weights.
-            cfg: its configuration; reads INPUT.FORMAT, INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST.
+            cfg: its configuration.
             class_names: names in predictor order.
             novel_names: which of them are novel.
             threshold: smallest score, in [0, 1].
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"The threshold is a score between 0 and 1, got {threshold}")
-        self.model = model.eval()
+        self.model, self.cfg = model.eval(), cfg
         self.class_names, self.novel_names = tuple(class_names), tuple(novel_names)
         self.threshold = threshold
         self.format = cfg.INPUT.FORMAT
@@ -110,36 +97,28 @@ class Predictor:
         threshold: float = 0.5,
         device: str = "",
         opts: Sequence[str] = (),
+        support: Examples | None = None,
+        memory: str | Path = "",
     ) -> Predictor:
         """Predictor of a run folder: its config.yaml, classes.json and model_final.pth.
 
         Args:
-            run: folder that a training has written.
+            run: folder that a training has written, or an evaluation without fine-tuning.
             weights: another checkpoint of the run.
             threshold: smallest score that is returned.
             device: "cpu", "cuda", ...; "" = that of the config, or the CPU when there is no GPU.
             opts: KEY VALUE overrides of the run's config, e.g. to switch calibration on.
-        Raises: FileNotFoundError naming the missing file; ValueError when file, config and weights do not fit, and for
-            a class memory of another network or other supports.
+            support: examples of the classes to detect instead of the run's, for a detector that learns from examples
+                alone: a support folder (`fsdet.data.support_folder`) or what else `learn` takes.
+            memory: file of `save_memory` with the classes to detect; `support` adds to them.
+        Raises: FileNotFoundError naming the missing file; ValueError when file, config and weights do not fit, for a
+            class memory of another network or other supports, and for examples where the detector reads none.
         """
-        run = Path(run)
-        weights = Path(weights) if weights else run / "model_final.pth"
-        for path in (run / "config.yaml", run / "classes.json", weights):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} not found. Name the folder of a finished training (tools/train_net.py writes config.yaml, "
-                    "classes.json and model_final.pth into its OUTPUT_DIR)"
-                )
-        classes = _read_classes(run / "classes.json")
-        return cls.from_config(
-            load_config(str(run / "config.yaml"), opts),
-            weights,
-            classes["detector"],
-            novel_names=classes["novel"],
-            threshold=threshold,
-            device=device,
-            memory=run,
-        )
+        found = read_finished_run(run, weights=weights, opts=opts)
+        own = {"class_names": found.class_names, "novel_names": found.novel_names, "run_folder": run}
+        given = {"support": support, "memory": memory}
+        names = own if support is None and not memory else given
+        return cls.from_config(found.cfg, found.weights, threshold=threshold, device=device, **names)
 
     @classmethod
     def from_config(
@@ -151,6 +130,8 @@ class Predictor:
         novel_names: Sequence[str] = (),
         threshold: float = 0.5,
         device: str = "",
+        run_folder: str | Path = "",
+        support: Examples | None = None,
         memory: str | Path = "",
     ) -> Predictor:
         """Predictor of a configuration (see `fsdet.engine.setup.load_config`) and a weight file.
@@ -160,23 +141,93 @@ class Predictor:
             weights: .pth, .safetensors or .pkl that fills the whole model.
             class_names: in predictor order; without it they are looked up in the data that the config names.
             novel_names, threshold, device: as above.
-            memory: folder with the class memory of a calibrated evaluation; "" = OUTPUT_DIR. Without one the supports
-                are encoded.
-        Raises: FileNotFoundError; ValueError when the weights do not fill the model or have other classes.
+            run_folder: has the class memory of an evaluation; "" = OUTPUT_DIR. Without one the K shots are encoded.
+            support, memory: as above; they name the classes, `class_names` does not.
+        Raises: FileNotFoundError; ValueError when the weights do not fill the model or have other classes, and as
+            `from_run`.
         """
+        if support is not None or memory:
+            return cls._of_examples(cfg, weights, support, memory, threshold=threshold, device=device)
+        is_open = has_open_classes(cfg)
         names = list(class_names or run_classes(cfg))
-        if len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        if not is_open and len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise ValueError(
                 f"{len(names)} class names for a detector of {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes "
                 f"(MODEL.ROI_HEADS.NUM_CLASSES): {names}"
             )
-        cfg = _for_inference(cfg, threshold, device)
-        model = build_detector(cfg)
-        FewShotCheckpointer(model, require_full=True, metadata={"classes": names}).load(weights, checkpointables=[])
-        novel = tuple(name for name in names if name in set(novel_names))
-        model = calibrate(model, cfg, names, novel)
-        recall_or_encode(model, cfg, memory or cfg.OUTPUT_DIR)
-        return cls(model, cfg, names, novel_names=novel, threshold=threshold)
+        cfg = for_inference(cfg, threshold, device)
+        novel = [name for name in names if name in set(novel_names)]
+        model = calibrate(load_detector(cfg, weights, () if is_open else names), cfg, names, novel)
+        recall_or_encode(model, cfg, run_folder or cfg.OUTPUT_DIR)
+        predictor = cls(model, cfg, names, novel_names=novel, threshold=threshold)
+        if has_open_classes(cfg, model):
+            predictor._keep(model.class_memory)  # whose order the class ids follow
+        return predictor
+
+    @classmethod
+    def _of_examples(
+        cls,
+        cfg: CfgNode,
+        weights: str | Path,
+        support: Examples | None,
+        memory: str | Path,
+        *,
+        threshold: float,
+        device: str,
+    ) -> Predictor:
+        """Predictor whose classes are those of examples and of a saved memory."""
+        require_open_classes(cfg)
+        if is_calibrated(cfg):
+            logger.warning("TEST.CALIBRATION is left out: it knows the run's classes, not those of the examples")
+        # Both are read before the model is built: a fault in them shows at once.
+        saved = ClassMemory.load(memory) if memory else None
+        if isinstance(support, str | Path):
+            support = read_support_folder(support, image_format=cfg.INPUT.FORMAT)
+        cfg = for_inference(cfg, threshold, device)
+        predictor = cls(load_detector(cfg, weights), cfg, (), threshold=threshold)
+        if saved is not None:
+            check_memory(predictor.model, saved, memory)
+            predictor._keep(saved)
+        if support is not None:
+            predictor.learn(support)
+        return predictor
+
+    def learn(self, examples: Examples) -> None:
+        """Detect further classes from now on, or known ones by other examples; nothing is trained.
+
+        Args:
+            examples: class name -> list of pictures (path, PIL image, array) or (picture, box), where the box is XYXY
+                in pixels of the picture as it is shown, and the whole picture is the object where there is none. Or a
+                support folder, or a `SupportSet`.
+        Raises: ValueError for a detector that reads no examples, a class without any, and a box that does not fit its
+            picture; ImageError for a broken picture. Nothing changes then.
+        """
+        require_open_classes(self.cfg, self.model)
+        with support_set_of(examples, self.format) as support_set:
+            self._keep(memory_with(self.model, support_set))
+
+    def forget(self, class_name: str) -> None:
+        """Detect a class no more. Raises: ValueError for an unknown class and for the last one."""
+        require_open_classes(self.cfg, self.model)
+        if self.class_names == (class_name,):
+            raise ValueError(f"{class_name!r} is the only class; a detector needs one. Learn another one first")
+        memory: ClassMemory = self.model.class_memory.select(self.class_names)
+        memory.remove(class_name)
+        self._keep(memory)
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write what has been learnt as PATH.safetensors and PATH.json, for `memory` of `from_run`."""
+        require_open_classes(self.cfg, self.model)
+        self.model.class_memory.save(path)
+
+    def _keep(self, memory: ClassMemory) -> None:
+        """Take a class memory, and the names that come with it."""
+        self.model.keep_class_memory(memory)
+        if self.novel_names:  # a class that has come since the training is novel
+            known = set(self.class_names) - set(self.novel_names)
+            self.novel_names = tuple(name for name in memory.names if name not in known)
+        self.class_names = memory.names
+        self._colours = {**self._colours, **class_colours(self.class_names)}  # earlier detections may still be drawn
 
     def __call__(
         self, images: Source | Sequence[Source], *, batch_size: int = 8
@@ -189,7 +240,7 @@ class Predictor:
         Returns: detections of one picture, best first; for a list, one such list for each picture.
         Raises: ImageError naming a picture that cannot be read.
         """
-        if isinstance(images, str | Path | Image.Image | np.ndarray):
+        if isinstance(images, Source):
             return next(self.stream([images]))
         return list(self.stream(images, batch_size=batch_size))
 
@@ -208,20 +259,7 @@ class Predictor:
 
         Raises: ImageError naming a file that is missing or broken, or an array of another shape or type.
         """
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-                raise ImageError(
-                    f"This array of shape {image.shape} and type {image.dtype} is no picture; expected (H, W, 3) uint8 "
-                    "in BGR order, as cv2.imread gives"
-                )
-            return image if self.format == "BGR" else np.ascontiguousarray(image[:, :, ::-1])
-        try:
-            if isinstance(image, Image.Image):
-                return convert_PIL_to_numpy(ImageOps.exif_transpose(image), self.format)
-            return read_image(str(image), format=self.format)
-        except _READ_ERRORS as error:
-            name = getattr(image, "filename", "") or "This picture" if isinstance(image, Image.Image) else image
-            raise ImageError(f"{name}: this image cannot be read ({error}). Replace or remove the file.") from error
+        return read_pixels(image, self.format)
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
@@ -238,18 +276,8 @@ class Predictor:
         found: list[list[Detection]] = [[] for _ in images]
         for indices in groups.values():
             for index, output in zip(indices, self.model([inputs[i] for i in indices]), strict=True):
-                found[index] = self._detections(output["instances"].to("cpu"))
+                found[index] = detections_of(output["instances"], self.class_names, self.threshold)
         return found
-
-    def _detections(self, instances: Instances) -> list[Detection]:
-        boxes: Tensor = instances.pred_boxes.tensor.float()
-        rows = zip(boxes.tolist(), instances.scores.tolist(), instances.pred_classes.tolist(), strict=True)
-        found = [
-            Detection(self.class_names[class_id], score, tuple(box), class_id)
-            for box, score, class_id in rows
-            if score >= self.threshold
-        ]
-        return sorted(found, key=lambda detection: -detection.score)
 
     def draw(self, image: Source, detections: Sequence[Detection], *, min_side: int = MIN_SIDE) -> Image.Image:
         """Picture with boxes, names and scores; base classes have thinner lines where novel ones are known.
@@ -260,142 +288,12 @@ class Predictor:
             min_side: a picture with a shorter side, in pixels, is enlarged (0: never).
         Returns: RGB picture, ready to save.
         """
-        return self._draw(self.read(image), detections, min_side)
+        return self.draw_pixels(self.read(image), detections, min_side=min_side)
 
-    def _draw(self, pixels: np.ndarray, detections: Sequence[Detection], min_side: int = MIN_SIDE) -> Image.Image:
-        if self.format == "BGR":
-            pixels = pixels[:, :, ::-1]
-        marks = [
-            Mark(
-                detection.box,
-                f"{detection.class_name} {detection.score:.0%}",
-                self._colours[detection.class_name],
-                is_thin=bool(self.novel_names) and detection.class_name not in self.novel_names,
-            )
-            for detection in reversed(detections)
-        ]
-        return draw_marks(Image.fromarray(np.ascontiguousarray(pixels)), marks, min_side=min_side)
-
-
-def _for_inference(cfg: CfgNode, threshold: float, device: str) -> CfgNode:
-    """Copy of a config without what only training needs: initial weights, a higher score threshold."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(f'"{cfg.MODEL.DEVICE}" is no device; expected cpu, cuda, cuda:1, ...') from error
-    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
-    # Never raised: a method may rescore what passes it.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, threshold)
-    cfg.freeze()
-    return on_this_machine(cfg)
-
-
-def _read_classes(path: Path) -> dict[str, list[str]]:
-    """Class lists of a run. Raises: ValueError naming the file."""
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-        return {key: [str(name) for name in classes[key]] for key in ("detector", "novel")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} must hold the lists "detector" and "novel" of class names ({error!r}). Run an evaluation with '
-            "tools/train_net.py --eval-only, which writes it anew."
-        ) from error
-
-
-def find_images(inputs: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """Image files named by `inputs` or lying below folders among them, as (file, name for its result).
-
-    Raises: FileNotFoundError for an input that does not exist and when no image is found.
-    """
-    found: list[tuple[Path, Path]] = []
-    for entry in map(Path, inputs):
-        if entry.is_dir():
-            files = sorted(path for path in entry.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            found += [(path, path.relative_to(entry)) for path in files if path.is_file()]
-        elif entry.is_file():
-            found.append((entry, Path(entry.name)))
-        else:
-            raise FileNotFoundError(f"{entry}: no such image or folder")
-    if not found:
-        raise FileNotFoundError(
-            f"No image in {', '.join(map(str, inputs))}; looked for {', '.join(IMAGE_SUFFIXES)} in all sub-folders"
-        )
-    taken: set[Path] = set()
-    unique = []
-    for path, name in found:
-        wanted, number = name, 2
-        while name in taken:
-            name, number = wanted.with_name(f"{wanted.stem}_{number}{wanted.suffix}"), number + 1
-        taken.add(name)
-        unique.append((path, name))
-    return unique
-
-
-def predict_files(
-    predictor: Predictor, inputs: Sequence[str | Path], output: str | Path, *, batch_size: int = 8
-) -> dict[str, Any]:
-    """Detect objects in images and folders; write drawn pictures and one JSON file.
-
-    `output` receives the pictures below "pictures", in the folder structure of the inputs, and "detections.json":
-    `images` (id, file_name, height, width), `detections` as COCO results (image_id, category_id, bbox [x, y, width,
-    height] in pixels, score) with `category_name`, `categories` (id, name; the ids count the detector's classes from
-    0), and `failed` (file_name, error): a broken image is listed and the rest goes on.
-
-    Args:
-        predictor: detector to use.
-        inputs: image files and folders (searched with their sub-folders).
-        output: folder to write.
-        batch_size: images in the network at once, at most.
-    Returns: the content of detections.json.
-    Raises: FileNotFoundError for a missing input; ImageError when not one image can be read.
-    """
-    if batch_size < 1:
-        raise ValueError(f"The batch size is a number of images from 1 up, got {batch_size}")
-    files, output = find_images(inputs), Path(output)
-    content: dict[str, Any] = {
-        "threshold": predictor.threshold,
-        "categories": [{"id": number, "name": name} for number, name in enumerate(predictor.class_names)],
-        "images": [],
-        "detections": [],
-        "failed": [],
-    }
-    for first in range(0, len(files), batch_size):
-        readable = []
-        for path, name in files[first : first + batch_size]:
-            try:
-                readable.append((path, name, predictor.read(path)))
-            except ImageError as error:
-                logger.warning("%s", error)
-                content["failed"].append({"file_name": str(path), "error": str(error)})
-        for (path, name, pixels), found in zip(readable, predictor.detect([r[2] for r in readable]), strict=True):
-            _append(content, path, pixels.shape[:2], found)
-            target = (
-                output / "pictures" / (name if name.suffix.lower() == ".jpg" else name.with_name(f"{name.name}.jpg"))
-            )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            predictor._draw(pixels, found).save(target, quality=92)
-    if not content["images"]:
-        raise ImageError(f"None of the {len(files)} image(s) can be read; the first: {content['failed'][0]['error']}")
-    output.mkdir(parents=True, exist_ok=True)
-    save_text_atomic(json.dumps(content, indent=1, ensure_ascii=False) + "\n", output / "detections.json")
-    return content
-
-
-def _append(content: dict[str, Any], path: Path, size: tuple[int, int], found: Sequence[Detection]) -> None:
-    """Add one picture and its detections."""
-    number = len(content["images"]) + 1
-    content["images"].append({"id": number, "file_name": str(path), "height": size[0], "width": size[1]})
-    for detection in found:
-        x0, y0, x1, y1 = detection.box
-        content["detections"].append(
-            {
-                "image_id": number,
-                "category_id": detection.class_id,
-                "category_name": detection.class_name,
-                "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
-                "score": round(detection.score, 5),
-            }
-        )
+    def draw_pixels(
+        self, pixels: np.ndarray, detections: Sequence[Detection], *, min_side: int = MIN_SIDE
+    ) -> Image.Image:
+        """As `draw`, for a picture as `read` gives it."""
+        rgb = pixels[:, :, ::-1] if self.format == "BGR" else pixels
+        picture = Image.fromarray(np.ascontiguousarray(rgb))
+        return draw_detections(picture, detections, self._colours, self.novel_names, min_side=min_side)

@@ -12,12 +12,14 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from fsdet.checkpoint.predictor import predictor_classes
-from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, new_report
+from fsdet.data.files import sha256_of
 from fsdet.data.mapper import ImageError
 from fsdet.data.records import Record
 from fsdet.engine.calibrated import check_calibration
 from fsdet.engine.setup import (
+    MODEL_FILE,
     config_classes,
     dataset_sources,
     dataset_specs,
@@ -133,9 +135,9 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
         return
     checkpoint = load_weights(file)
     have = predictor_classes(checkpoint["model"])
-    if have is None and not training:
+    if have is None and not training and cfg.FEWSHOT.SURGERY != "none":
         raise ValueError(f"{weights} is no complete detector: it has no box predictor to evaluate. {trained}")
-    if have not in (None, cfg.MODEL.ROI_HEADS.NUM_CLASSES):
+    if have not in (None, cfg.MODEL.ROI_HEADS.NUM_CLASSES) and cfg.FEWSHOT.SURGERY != "none":
         raise ValueError(_wrong_classes(cfg, have, training))
     if training:
         _check_origin(cfg, checkpoint)
@@ -143,7 +145,7 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _check_origin(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
     """Refuse a surgered file that was made before the base model beside it was trained again."""
-    base, weights = Path(cfg.FEWSHOT.BASE_RUN) / "model_final.pth", cfg.MODEL.WEIGHTS
+    base, weights = Path(cfg.FEWSHOT.BASE_RUN) / MODEL_FILE, cfg.MODEL.WEIGHTS
     sources = checkpoint.get(METADATA_KEY, {}).get("sources")
     if sources and base.is_file() and weights == surgered_weights(cfg) and sources[0]["sha256"] != sha256_of(base):
         raise ValueError(
@@ -169,8 +171,10 @@ def _local_file(cfg: CfgNode) -> str:
     if Path(weights).is_file():
         return weights
     remedy = "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
-    if cfg.FEWSHOT.STAGE == "novel":
-        command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/model_final.pth", weights)
+    if cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SURGERY == "none":
+        remedy = "train the base stage first, or set MODEL.WEIGHTS or FEWSHOT.BASE_RUN"
+    elif cfg.FEWSHOT.STAGE == "novel":
+        command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/{MODEL_FILE}", weights)
         remedy = f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
     raise FileNotFoundError(f"{weights}: no such weights file; {remedy}")
 
@@ -184,7 +188,7 @@ def _wrong_classes(cfg: CfgNode, have: int, training: bool) -> str:
     if not training:
         remedy = "evaluate it with the config.yaml of the run that trained it"
     if novel:
-        source = cfg.MODEL.WEIGHTS if unfitted else f"{fewshot.BASE_RUN}/model_final.pth"
+        source = cfg.MODEL.WEIGHTS if unfitted else f"{fewshot.BASE_RUN}/{MODEL_FILE}"
         command = surgery_command(cfg, source, surgered_weights(cfg))
         remedy = f"run\n  {command}\nand set MODEL.WEIGHTS to its output, or {remedy}"
     return (

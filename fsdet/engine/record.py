@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
-from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, sha256_of
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights
 from fsdet.data.catalog import json_file, sample_files
+from fsdet.data.files import sha256_of
 from fsdet.data.seeds import check_manifest, digest_of
 from fsdet.engine.calibrated import is_calibrated
 from fsdet.engine.setup import config_classes, dataset_sources, dataset_specs, run_classes
@@ -56,6 +57,8 @@ def backbone_label(cfg: CfgNode) -> str:
 def pretraining_label(cfg: CfgNode) -> str:
     """Where a base stage's backbone starts: a file's name, a package, "timm" (its hub), or "" for random weights."""
     timm_start = cfg.MODEL.TIMM.WEIGHTS or ("timm" if cfg.MODEL.TIMM.PRETRAINED else "")
+    if cfg.FEWX.INIT:
+        return f"detector {Path(cfg.FEWX.INIT).parent.name}:{sha256_of(cfg.FEWX.INIT)[:8]}"
     own = timm_start if "timm" in cfg.MODEL.BACKBONE.NAME.lower() else ""
     return Path(cfg.MODEL.WEIGHTS or own).name
 
@@ -119,23 +122,16 @@ def run_origin(cfg: CfgNode) -> dict[str, str]:
     return {"base_model": base_model_digest(cfg), "pretraining": "" if novel else pretraining_label(cfg)}
 
 
-def _evaluated_state(checkpointer: FewShotCheckpointer) -> dict[str, Any]:
-    """Content of the checkpoint that was loaded; empty for a name that is no file."""
-    path = Path(checkpointer.source)
-    return load_weights(path) if path.is_file() else {}
-
-
 def evaluated_origin(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> dict[str, str]:
     """`run_origin` as the evaluated checkpoint records it, so that the result groups with its training's."""
-    recorded = _evaluated_state(checkpointer).get(METADATA_KEY, {})
+    recorded = checkpointer.recorded.get(METADATA_KEY, {})
     return recorded["origin"] if "origin" in recorded else run_origin(cfg)
 
 
 def evaluated_cost(checkpointer: FewShotCheckpointer) -> Cost:
     """What the training of the evaluated checkpoint cost; nothing where the file does not say, as Detectron2's own."""
-    state = _evaluated_state(checkpointer)
-    seconds = state.get("trainer", {}).get("seconds")
-    return Cost() if seconds is None else Cost(seconds, state["iteration"] + 1)
+    recorded = checkpointer.recorded
+    return Cost(recorded["seconds"], recorded["iteration"] + 1) if "seconds" in recorded else Cost()
 
 
 def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
@@ -193,6 +189,9 @@ _LATER = (
 def _switched_off(cfg: CfgNode) -> list[str]:
     """Keys of switches that are off, calibration with all that belongs to it."""
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
+    keys += [] if cfg.FEWX.ENABLED else ["FEWX"]
+    keys += [] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
+    keys += [] if cfg.SOLVER.HEAD_LR_FACTOR != 1 else ["SOLVER.HEAD_LR_FACTOR"]
     return keys + [key for key in _LATER if not reduce(getitem, key.split("."), cfg)]
 
 

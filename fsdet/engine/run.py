@@ -23,11 +23,13 @@ from torch import nn
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.predictor import predictor_classes, recorded_classes
-from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights, save_text_atomic
+from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights
+from fsdet.data.files import save_text_atomic
 from fsdet.data.loader import build_test_loader
 from fsdet.data.mapper import FewShotMapper
 from fsdet.data.support import SupportSet
-from fsdet.engine.calibrated import calibrate, encode_or_recall, is_calibrated
+from fsdet.engine.calibrated import calibrate, is_calibrated
+from fsdet.engine.memories import encode_or_recall
 from fsdet.engine.preflight import check_run
 from fsdet.engine.record import (
     Cost,
@@ -40,6 +42,7 @@ from fsdet.engine.record import (
 )
 from fsdet.engine.setup import config_classes, load_config, on_this_machine, register_datasets, run_classes
 from fsdet.engine.trainer import Trainer, autocast, build_detector
+from fsdet.engine.validate import is_untrained
 from fsdet.evaluation.diagnosis import diagnose, is_novel_zero, proposal_recall
 from fsdet.evaluation.evaluator import FewShotEvaluator, build_evaluator
 from fsdet.evaluation.result import reset_peak_memory
@@ -113,7 +116,8 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
 def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
     """Refuse weights that fill too little of the model to train or evaluate on.
 
-    A novel stage needs everything but the box predictor; a base stage a whole pretrained backbone.
+    A novel stage needs everything but the box predictor, or everything where there is no surgery; a base stage a whole
+    pretrained backbone.
 
     Raises: ValueError naming what is not filled.
     """
@@ -126,17 +130,20 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
     unfilled = [*report.missing, *(name for name, _, _ in report.mismatched)]
     parameters = dict(checkpointer.model.named_parameters())
     bottom_up = "backbone.bottom_up." if any("bottom_up" in name for name in parameters) else "backbone."
-    needed = [
-        name
-        for name in unfilled
-        if name in parameters
-        and (name.startswith(bottom_up) if cfg.FEWSHOT.STAGE == "base" else "box_predictor." not in name)
-    ]
+    needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, bottom_up)]
     if needed:
         raise ValueError(
             f"{cfg.MODEL.WEIGHTS} fills the model only in part: {len(needed)} tensors would start at random, "
             f"{', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}. {remedy}"
         )
+
+
+def _must_be_filled(cfg: CfgNode, name: str, bottom_up: str) -> bool:
+    if cfg.FEWSHOT.STAGE == "base":
+        return name.startswith(bottom_up)
+    # RESET_PREDICTOR without training measures heads that have learnt nothing.
+    whole = cfg.FEWSHOT.SURGERY == "none" and not cfg.FEWSHOT.RESET_PREDICTOR
+    return whole or "box_predictor." not in name
 
 
 def make_evaluator(cfg: CfgNode) -> FewShotEvaluator:
@@ -221,16 +228,20 @@ def run(
     check_run(cfg, resume=resume, training=not eval_only)
     if not (eval_only or resume):
         check_fresh(cfg)
+    untrained = is_untrained(cfg)
     cfg = prepare(cfg, quiet=quiet, keep_config=eval_only or resume)
+    eval_only = eval_only or untrained
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
+    if untrained or not eval_only:
+        metadata["origin"] = run_origin(cfg)
     if eval_only:
         detector = build_detector(cfg)
         checkpointer = FewShotCheckpointer(detector, cfg.OUTPUT_DIR, metadata=metadata)
         load_for_run(cfg, checkpointer, resume=resume, training=False)
-        measured, cost = Evaluation(cfg, detector), evaluated_cost(checkpointer)
+        measured, cost = Evaluation(cfg, detector), Cost() if untrained else evaluated_cost(checkpointer)
         measured()
     else:
-        metadata |= {"origin": run_origin(cfg), "recipe": resume_digest(cfg)}
+        metadata["recipe"] = resume_digest(cfg)
         if not resume and comm.is_main_process():  # else a later --resume could take up a former run's checkpoints
             (Path(cfg.OUTPUT_DIR) / "last_checkpoint").unlink(missing_ok=True)
         trainer = Trainer(cfg, metadata=metadata)
@@ -245,7 +256,7 @@ def run(
     if is_novel_zero(measured.metrics):
         notes["novel AP is 0"] = explain_zero(cfg, detector, checkpointer, measured.evaluator)
         logger.warning("Novel AP is 0\n%s", notes["novel AP is 0"])
-    origin = evaluated_origin(cfg, checkpointer) if eval_only else metadata["origin"]
+    origin = metadata.get("origin") or evaluated_origin(cfg, checkpointer)
     record_result(cfg, measured.metrics, cost=cost, eval_seconds=measured.seconds, origin=origin, notes=notes)
     return measured.metrics
 

@@ -60,7 +60,7 @@ def apply_schedule(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
     scale = solver.IMS_PER_BATCH / (solver.REFERENCE_IMS_PER_BATCH or solver.IMS_PER_BATCH)
     planned = max(1, round(length / scale))
     solver.BASE_LR *= scale
-    solver.MAX_ITER = max(1, round(solver.MAX_ITER / scale))
+    solver.MAX_ITER = max(1, round(solver.MAX_ITER / scale)) if solver.MAX_ITER else 0  # 0: no training
     solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
     solver.CHECKPOINT_PERIOD = max(1, round(solver.CHECKPOINT_PERIOD / scale))
     cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
@@ -78,5 +78,7 @@ def _stretched(steps: Sequence[int], length: int, new_length: int) -> tuple[int,
 
     Rounding never moves one to the end, where it would change nothing.
     """
+    if not new_length:
+        return ()
     moved = {(min(round(s / length * new_length), new_length - 1) if s < length else new_length) for s in steps}
     return tuple(sorted(moved - {0}))

@@ -26,6 +26,8 @@ from fsdet.modeling import add_modeling_config
 
 logger = logging.getLogger(__name__)
 
+MODEL_FILE = "model_final.pth"  # what a finished training leaves
+
 
 def add_fewshot_config(cfg: CfgNode) -> None:
     """Declare the keys of data, protocol and schedule (the methods declare their own)."""
@@ -64,8 +66,10 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     # The base run that a novel stage starts from: its folder and the surgered file in it.
     fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
     fewshot.BASE_RUN = ""  # folder; "" = derived from BASE_METHOD, data set and split
-    fewshot.SURGERY = "randinit"  # randinit | remove | combine: which surgered file MODEL.WEIGHTS defaults to
-    # (always remove where the detector has the novel classes alone: fsod)
+    # randinit | remove | combine: which surgered file MODEL.WEIGHTS defaults to (always remove where the detector has
+    # the novel classes alone: fsod) | none: for a detector without weights of its own for each class, which goes on
+    # from the base run's model_final.pth as it is.
+    fewshot.SURGERY = "randinit"
     fewshot.RESET_PREDICTOR = False  # drop the checkpoint's predictor: start from any plain Detectron2 checkpoint
     # Rows [split, setting, shot, base LR, decay steps, iterations, warm-up]; "*" matches all; the first match wins.
     fewshot.SCHEDULE = []
@@ -74,6 +78,18 @@ def add_fewshot_config(cfg: CfgNode) -> None:
 
 def add_engine_config(cfg: CfgNode) -> None:
     """Declare the keys of solver, loader and evaluation that Detectron2 lacks."""
+    # Episodes: each query image comes with crops of supports, in training. Official names (FewX): INPUT.FS.SUPPORT_WAY
+    # and SUPPORT_SHOT.
+    cfg.INPUT.FS = CfgNode()
+    cfg.INPUT.FS.ENABLED = False
+    cfg.INPUT.FS.SUPPORT_WAY = 2  # classes that a query image meets: its own, and others that it does not show
+    cfg.INPUT.FS.SUPPORT_SHOT = 10  # supports of each of them
+    cfg.INPUT.FS.CROP_SIZE = 320  # px, side of a crop, at test time as well
+    # fresh: drawn from (seed, epoch, image) | legacy: as the release, the same supports for an image in every epoch
+    cfg.INPUT.FS.SAMPLING = "fresh"
+    cfg.INPUT.FS.CACHE_MIB = 256  # memory of each loader process for crops
+    cfg.INPUT.FS.TABLE = ""  # support table of the release as CSV or JSON; "": every training object is a support
+    cfg.SOLVER.HEAD_LR_FACTOR = 1.0  # on the learning rate of the box predictor (FewX: 2)
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0  # images per step that LR and schedule are stated for; 0 = no scaling
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # forward/backward passes per step and process
     cfg.SOLVER.CHECKPOINTS_KEPT = 2  # the newest ones, beside model_final
@@ -274,14 +290,17 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(run_classes(cfg))
     fewshot.BASE_METHOD = fewshot.BASE_METHOD or fewshot.METHOD
     fewshot.BASE_RUN = fewshot.BASE_RUN or f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.BASE_METHOD)}/base"
-    if stage_subset(cfg) == "novel":
+    if stage_subset(cfg) == "novel" and fewshot.SURGERY != "none":
         fewshot.SURGERY = "remove"  # randinit and combine keep the base rows, which this detector does not have
     if fewshot.STAGE == "novel":
         run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
         run += f"_repeat{fewshot.REPEAT}" if fewshot.REPEAT else ""
         cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
+        if "INPUT.FS.SUPPORT_SHOT" not in opts[::2]:  # one of the K shots is the query
+            cfg.INPUT.FS.SUPPORT_SHOT = max(1, min(cfg.INPUT.FS.SUPPORT_SHOT, fewshot.SHOT - 1))
     else:
         run = "base"
+        cfg.MODEL.WEIGHTS = cfg.FEWX.INIT or cfg.MODEL.WEIGHTS
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
     apply_schedule(cfg, opts, recipe)
@@ -293,9 +312,12 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
 def surgered_weights(cfg: CfgNode) -> str:
     """The file that the surgery of the base run writes; one name for the tool, the sweep and the default weights.
 
-    `combine` takes the novel rows from a run on the same K shots, so its file belongs to one draw.
+    `combine` takes the novel rows from a run on the same K shots, so its file belongs to one draw. Without surgery it
+    is the base run's own.
     """
     fewshot = cfg.FEWSHOT
+    if fewshot.SURGERY == "none":
+        return f"{fewshot.BASE_RUN}/{MODEL_FILE}"
     subset = "" if stage_subset(cfg) == "all" else "_novel"
     draw = f"_{fewshot.SHOT}shot_seed{fewshot.SEED}" if fewshot.SURGERY == "combine" else ""
     return f"{fewshot.BASE_RUN}/model_{fewshot.SURGERY}{subset}{draw}.pth"

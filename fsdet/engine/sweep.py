@@ -16,8 +16,8 @@ from pathlib import Path
 from fsdet.checkpoint.surgery import surgery_file
 from fsdet.engine.record import RESULT_FILE
 from fsdet.engine.run import run as do_run
-from fsdet.engine.setup import config_classes, load_config, run_classes
-from fsdet.engine.sweep_plan import MODEL_FILE, Sweep, check_shots, make_plan
+from fsdet.engine.setup import MODEL_FILE, config_classes, load_config, run_classes
+from fsdet.engine.sweep_plan import Sweep, check_shots, make_plan
 from fsdet.engine.sweep_progress import finished_result, remaining, result_line
 from fsdet.engine.sweep_run import InProcess, PlannedRun, Workers, run_lock
 from fsdet.evaluation.result import RunResult
@@ -142,7 +142,7 @@ def make_weights(run: PlannedRun) -> None:
     cfg = load_config(run.config_file, run.opts, model=run.model)
     weights = Path(cfg.MODEL.WEIGHTS)
     source = Path(cfg.FEWSHOT.BASE_RUN) / MODEL_FILE
-    if weights.exists() or weights.parent != source.parent or not source.exists():
+    if weights.exists() or weights.parent != source.parent or not source.exists() or weights == source:
         return  # own weights, or nothing to make them from: the run's own check says what is missing
     classes = config_classes(cfg)
     novel_source = Path(run.novel_source) / MODEL_FILE if run.novel_source else None

@@ -12,12 +12,10 @@ from detectron2.config import CfgNode
 
 from fsdet.data.catalog import sample_files
 from fsdet.engine.record import result_digest
-from fsdet.engine.setup import dataset_sources, dataset_specs, load_config, surgered_weights
+from fsdet.engine.setup import MODEL_FILE, dataset_sources, dataset_specs, load_config, surgered_weights
 from fsdet.engine.sweep_run import PlannedRun
 
 logger = logging.getLogger(__name__)
-
-MODEL_FILE = "model_final.pth"
 
 # Keys that a sweep gives each run, and what a user sets instead.
 _PLANNED_KEYS = {
@@ -103,7 +101,9 @@ def make_plan(sweep: Sweep) -> tuple[PlannedRun, ...]:
     plan = _Plan(sweep)
     for config_file in sweep.bases:
         opts = [*sweep.opts, *sweep.base_opts]
-        plan.add("base", config_file, opts, plan.load(config_file, opts), row="base")
+        cfg = plan.load(config_file, opts)
+        # A base stage may start from another one's detector.
+        plan.add("base", config_file, opts, cfg, row="base", after=[str(Path(cfg.MODEL.WEIGHTS).parent)])
     for config_file, opts in sweep.novel_runs():
         plan.add_novel(config_file, opts)
     return tuple(plan.runs.values())

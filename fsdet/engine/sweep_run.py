@@ -10,7 +10,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import signal
 import socket
 import threading
@@ -21,11 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
+from fsdet.evaluation.run_log import ERROR_LINE, last_lines
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-_TAIL = 64 * 1024  # bytes at the end of a log that are searched
-_ERROR = re.compile(r"(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b).*")
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,6 @@ def last_line(log: Path, offset: int = 0, *, error: bool = False) -> str:
     """
     if not log.is_file():
         return ""
-    with log.open("rb") as file:
-        file.seek(max(offset, log.stat().st_size - _TAIL))
-        lines = [line for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR.match(line)] if error else []
+    lines = [line for line in last_lines(log, offset) if line.strip()]
+    errors = [line for line in lines if ERROR_LINE.match(line)] if error else []
     return (errors or lines or [""])[-1].strip()

@@ -59,10 +59,29 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Detectron2's optimizer of the trainable parameters, whose step is one pass over memory with SOLVER.FUSED."""
+    """Detectron2's optimizer of the trainable parameters, whose step is one pass over memory with SOLVER.FUSED.
+
+    The box predictor learns at SOLVER.HEAD_LR_FACTOR times the rate of the rest.
+    """
     optimizer = build_optimizer(cfg, model)
+    if cfg.SOLVER.HEAD_LR_FACTOR != 1:
+        _speed_up_heads(optimizer, model, cfg.SOLVER.HEAD_LR_FACTOR)
     fuse(optimizer, cfg)
     return optimizer
+
+
+def _speed_up_heads(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Move the box predictor's parameters into groups of their own, with `factor` times the learning rate."""
+    heads = {id(parameter) for name, parameter in model.named_parameters() if "box_predictor" in name}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in heads]
+        if not mine:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in heads]
+        if group["params"]:
+            optimizer.add_param_group({**group, "params": mine, "lr": group["lr"] * factor})
+        else:
+            group["params"], group["lr"] = mine, group["lr"] * factor
 
 
 def fuse(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> None:

@@ -11,10 +11,13 @@ _CHOICES = {
     "FEWSHOT.RECORDS": ("instance", "image"),
     "FEWSHOT.CHOICE": ("seeded", "official"),
     "FEWSHOT.LEAK": ("background", "drop", "ignore"),
-    "FEWSHOT.SURGERY": ("randinit", "remove", "combine"),
+    "FEWSHOT.SURGERY": ("randinit", "remove", "combine", "none"),
     "TEST.STYLE": ("coco", "voc"),
     "SOLVER.AMP.DTYPE": ("auto", "bfloat16", "float16"),
+    "INPUT.FS.SAMPLING": ("fresh", "legacy"),
 }
+# SOLVER keys that must be positive; MAX_ITER may be 0 where nothing is to be trained.
+_POSITIVE = ("BASE_LR", "IMS_PER_BATCH", "ACCUMULATION_STEPS", "CHECKPOINT_PERIOD", "CHECKPOINTS_KEPT", "MAX_ITER")
 
 
 def _value(cfg: CfgNode, key: str) -> object:
@@ -68,10 +71,16 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
     return faults
 
 
+def is_untrained(cfg: CfgNode) -> bool:
+    """Whether this is a novel stage without training: the base model as it is, which learns from its supports alone."""
+    fewshot = cfg.FEWSHOT
+    return fewshot.STAGE == "novel" and fewshot.SURGERY == "none" and cfg.SOLVER.MAX_ITER == 0
+
+
 def _solver_faults(cfg: CfgNode) -> list[str]:
     """Faults of solver and model values."""
     solver, faults = cfg.SOLVER, []
-    for key in ("BASE_LR", "MAX_ITER", "IMS_PER_BATCH", "ACCUMULATION_STEPS", "CHECKPOINT_PERIOD", "CHECKPOINTS_KEPT"):
+    for key in _POSITIVE[:-1] if is_untrained(cfg) else _POSITIVE:
         if getattr(solver, key) <= 0:
             faults.append(f"SOLVER.{key} is {getattr(solver, key)}; it must be positive")
     if solver.ACCUMULATION_STEPS > 0 and solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
@@ -114,6 +123,26 @@ def _speed_faults(cfg: CfgNode) -> list[str]:
     return faults
 
 
+def _episode_faults(cfg: CfgNode) -> list[str]:
+    """Faults of what a query image meets, and of the heads that compare it."""
+    episode, relations = cfg.INPUT.FS, cfg.FEWX.RELATIONS
+    faults = [
+        f"INPUT.FS.{key} is {episode[key]}; it must be at least {least}"
+        for key, least in (("SUPPORT_SHOT", 1), ("CROP_SIZE", 32), ("CACHE_MIB", 0))
+        if episode[key] < least
+    ]
+    if episode.SUPPORT_WAY != 2:
+        faults.append(
+            f"INPUT.FS.SUPPORT_WAY is {episode.SUPPORT_WAY}; two-way contrastive training takes the query's class and "
+            "one other: 2"
+        )
+    if not relations or set(relations) - {"global", "local", "patch"}:
+        faults.append(f'FEWX.RELATIONS is {tuple(relations)}; expected some of "global", "local", "patch"')
+    if cfg.FEWX.TEST_SHOTS < 1 or cfg.FEWX.ROWS_AT_ONCE < 1 or cfg.FEWX.SHARED_PROPOSALS < 0:
+        faults.append("FEWX.TEST_SHOTS and ROWS_AT_ONCE must be at least 1, SHARED_PROPOSALS at least 0 (off)")
+    return faults
+
+
 def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """Check ranges and combinations.
 
@@ -121,6 +150,6 @@ def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """
     faults = _protocol_faults(cfg)
     if not only_protocol:
-        faults += _solver_faults(cfg) + _speed_faults(cfg)
+        faults += _solver_faults(cfg) + _speed_faults(cfg) + _episode_faults(cfg)
     if faults:
         raise ValueError("The configuration cannot run:\n  " + "\n  ".join(faults))

@@ -151,7 +151,8 @@ def proposal_recall(
     """Recall of the RPN's best proposals on novel boxes.
 
     Args:
-        model: detector with Detectron2's preprocess_image, backbone and proposal_generator; its mode is restored.
+        model: detector with Detectron2's preprocess_image, backbone and proposal_generator, or with `propose_regions`
+            (batch -> proposals of each image); its mode is restored.
         data_loader: batches of dicts with "image" and "instances" (gt_boxes in the frame of "image", gt_classes).
         novel_class_ids: class ids to look at.
         top: proposals per image, by objectness.
@@ -185,8 +186,11 @@ def proposal_recall(
 
 def _propose(model: nn.Module, batch: Sequence[dict[str, Any]], top: int) -> list:
     """The best proposals of each image, as Boxes in the frame of the network's input."""
-    images = model.preprocess_image(batch)
-    proposals, _ = model.proposal_generator(images, model.backbone(images.tensor), None)
+    if hasattr(model, "propose_regions"):  # a detector that proposes for each class of its memory
+        proposals = model.propose_regions(batch)
+    else:
+        images = model.preprocess_image(batch)
+        proposals, _ = model.proposal_generator(images, model.backbone(images.tensor), None)
     best = [item.objectness_logits.argsort(descending=True)[:top] for item in proposals]
     return [item.proposal_boxes[order] for item, order in zip(proposals, best, strict=True)]
 

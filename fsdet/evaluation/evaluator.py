@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from tabulate import tabulate
+
+from fsdet.data.files import save_text_atomic
 
 from .coco_style import coco_metrics, coco_precision, xywh
 from .ground_truth import Detections, GroundTruth, load_ground_truth
@@ -289,7 +290,4 @@ def _write_detections(path: Path, detections: Detections, truth: GroundTruth) ->
         {"image_id": truth.image_ids[i], "category_id": truth.dataset_ids[c], "bbox": box, "score": score}
         for i, c, box, score in zip(*columns, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(rows))
-    os.replace(partial, path)
+    save_text_atomic(json.dumps(rows), path)

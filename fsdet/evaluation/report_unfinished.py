@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ import yaml
 
 from .report_rows import RESULT_FILE
 from .report_section import Section, Table
+from .run_log import ERROR_LINE, last_lines
 
 # What tells a run folder from others: the config of a run, or the log of a worker process that may have died before.
 _CONFIG, _LOGS = "config.yaml", ("log.txt", "worker.log")
-_LOG_TAIL = 64 * 1024  # bytes; a traceback is shorter
-_ERROR = re.compile(r"(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b).*")
 _LONGEST = 160  # characters of an error message in a table
 
 
@@ -96,12 +94,9 @@ def _state(folder: Path) -> str:
 
 def _last_error(log: Path) -> str:
     """The error that a log ends with; "" where the log goes on after it (the run was resumed) or has none."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LOG_TAIL))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    for line in reversed(lines):
+    for line in reversed(last_lines(log)):
         if line.startswith("["):  # a new log record
             return ""
-        if _ERROR.match(line):
+        if ERROR_LINE.match(line):
             return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
     return ""

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import resource
@@ -30,6 +29,7 @@ import torch
 import torchvision
 
 import fsdet
+from fsdet.data.files import save_text_atomic
 
 SCHEMA_VERSION = 1
 
@@ -151,14 +151,7 @@ def write_result(path: str | Path, result: RunResult) -> None:
     path = Path(path)
     data = _plain(asdict(result))
     _build(path, RunResult, data)  # a wrong type is found by the writer, not by the report months later
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    save_text_atomic(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", path)
 
 
 def read_result(path: str | Path) -> RunResult:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from fsdet.methods import defrcn, tfa
+from fsdet.methods import defrcn, fewx, tfa
 
-METHODS = (defrcn, tfa)
+METHODS = (defrcn, fewx, tfa)
 
 
 def add_method_configs(cfg: CfgNode) -> None:

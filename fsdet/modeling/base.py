@@ -15,6 +15,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from fsdet.data.support import SupportSet
+    from fsdet.modeling.class_memory import ClassMemory
 
 
 class SupportConditioned(ABC):
@@ -48,6 +49,25 @@ class SupportConditioned(ABC):
         """Replace the memory (None forgets it)."""
         # Around nn.Module.__setattr__, which would register a module or parameter and put it into checkpoints.
         object.__setattr__(self, "_class_memory", memory)
+
+
+class RecallableMemory(SupportConditioned):
+    """A detector whose memory is a `ClassMemory`, so that it can be kept in files and taken up again.
+
+    Attributes:
+        memory_kind: what its entries are (`ClassMemory.kind`).
+    """
+
+    memory_kind: str
+
+    @property
+    @abstractmethod
+    def memory_encoder(self) -> str:
+        """Digest of all that the entries depend on beside the supports."""
+
+    @abstractmethod
+    def stale_classes(self, memory: ClassMemory, support_set: SupportSet) -> list[str]:
+        """Classes whose entry in `memory` is missing, or was made of other pictures or boxes than these."""
 
 
 def condition_on_support(model: nn.Module, build_support: Callable[[], SupportSet]) -> bool:

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fsdet.data.support import Support, SupportSet
-from fsdet.modeling.base import SupportConditioned
-from fsdet.modeling.class_memory import ClassEntry, ClassMemory, SupportDigest, digest_supports
+from fsdet.data.support import Support, SupportSet, read_picture, read_support
+from fsdet.modeling.base import RecallableMemory, SupportConditioned
+from fsdet.modeling.class_memory import ClassEntry, ClassMemory, SupportDigest, digest_supports, support_keys
 from fsdet.modeling.imagenet import NETWORKS, ImageEncoder
 from fsdet.modeling.support_boxes import LegacyBoxes, exact_boxes
 
@@ -37,7 +36,17 @@ _KEY = "prototype"  # the tensor of each class
 _CHOICES = ("novel", "all")
 
 
-class CalibratedDetector(SupportConditioned, nn.Module):
+# Class name -> its supports and their digests.
+DigestedShots = dict[str, tuple[tuple[Support, ...], tuple[SupportDigest, ...]]]
+
+
+def _stale(memory: ClassMemory, shots: DigestedShots) -> list[str]:
+    """Classes that `memory` lacks or has made of other pictures or boxes; where files lie does not count."""
+    made_of = {name: support_keys(memory[name].supports) for name in memory.names}
+    return [name for name, (_, digests) in shots.items() if made_of.get(name) != support_keys(digests)]
+
+
+class CalibratedDetector(RecallableMemory, nn.Module):
     """A detector whose detections are calibrated; in training mode it is the detector alone.
 
     The classifier is no sub-module: it enters neither the state dict nor an optimizer, and it follows the detector from
@@ -48,6 +57,8 @@ class CalibratedDetector(SupportConditioned, nn.Module):
         encoder: the classifier.
         calibrated: classes whose detections are calibrated.
     """
+
+    memory_kind = KIND
 
     def __init__(
         self,
@@ -107,7 +118,8 @@ class CalibratedDetector(SupportConditioned, nn.Module):
             self.detector.keep_class_memory(self.detector.encode_support(support_set))
         shots = self._digested_shots(support_set)
         former = self._class_memory
-        kept = {n: former[n] for n in shots if former is not None and _keys(former[n].supports) == _keys(shots[n][1])}
+        stale = _stale(former, shots) if former is not None else [*shots]
+        kept = {name: former[name] for name in shots if name not in stale}
         wanted = [support for name, (supports, _) in shots.items() if name not in kept for support in supports]
         _, features = self.support_features(wanted)
         vectors = dict(zip(wanted, features, strict=True))
@@ -120,9 +132,7 @@ class CalibratedDetector(SupportConditioned, nn.Module):
                 memory.add(name, ClassEntry({_KEY: mean}, digests))
         return memory
 
-    def _digested_shots(
-        self, support_set: SupportSet
-    ) -> dict[str, tuple[tuple[Support, ...], tuple[SupportDigest, ...]]]:
+    def _digested_shots(self, support_set: SupportSet) -> DigestedShots:
         """Supports of the calibrated classes, and their digests. Raises: ValueError for a class without any."""
         known = dict(support_set)
         if empty := [name for name in self.calibrated if not known.get(name)]:
@@ -144,12 +154,11 @@ class CalibratedDetector(SupportConditioned, nn.Module):
         by_file: dict[str, list[int]] = {}
         for index, support in enumerate(supports):
             by_file.setdefault(support.file_name, []).append(index)
-        reader = SupportSet((), (), "whole", self.image_format)
         encoder = self._encoder()
         boxes = torch.empty(len(supports), 4)
         features = torch.empty(len(supports), encoder.classifier.out_features)
         for indices in by_file.values():
-            picture = reader.crop(supports[indices[0]]).image
+            picture = read_support(supports[indices[0]], self.image_format)
             pooled = (self.legacy_boxes or exact_boxes)(picture, [supports[i].box for i in indices])
             for index, box in zip(indices, pooled, strict=True):
                 if not (box[2:] > box[:2]).all():
@@ -164,9 +173,7 @@ class CalibratedDetector(SupportConditioned, nn.Module):
 
     def stale_classes(self, memory: ClassMemory, support_set: SupportSet) -> list[str]:
         """Calibrated classes whose entry in `memory` was made of other pictures or boxes than these."""
-        shots = self._digested_shots(support_set)
-        made_of = {name: _keys(memory[name].supports) for name in memory.names}
-        return [name for name, (_, digests) in shots.items() if made_of.get(name) != _keys(digests)]
+        return _stale(memory, self._digested_shots(support_set))
 
     def keep_class_memory(self, memory: ClassMemory | None) -> None:
         """Take prototypes for the evaluations to come (None forgets them).
@@ -245,7 +252,7 @@ class CalibratedDetector(SupportConditioned, nn.Module):
                 f'An input with the keys {sorted(entry)} cannot be calibrated: give the picture as "original_image" '
                 f'(H, W, 3) uint8 in {self.image_format} order, or its "file_name"'
             )
-        return read_image(entry["file_name"], format=self.image_format)
+        return read_picture(entry["file_name"], self.image_format)
 
     def _encoder(self) -> ImageEncoder:
         """The classifier on the detector's device."""
@@ -261,11 +268,6 @@ class CalibratedDetector(SupportConditioned, nn.Module):
             value = value.to(device)
             setattr(self, name, value)
         return value
-
-
-def _keys(digests: Sequence[SupportDigest]) -> list[tuple[str, tuple[float, ...]]]:
-    """Content and box of supports; where their files lie does not count, nor does their order."""
-    return sorted((digest.digest, digest.box) for digest in digests)
 
 
 def check_settings(cfg: CfgNode) -> None:

@@ -16,10 +16,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fsdet.modeling.class_memory_entry import ClassEntry, SupportDigest, digest_supports, dtype_name, module_digest
+from fsdet.modeling.class_memory_entry import (
+    ClassEntry,
+    SupportDigest,
+    digest_supports,
+    dtype_name,
+    module_digest,
+    support_keys,
+)
 from fsdet.modeling.class_memory_files import pair_of, read_pair, write_pair
 
-__all__ = ["ClassEntry", "ClassMemory", "MemoryComparison", "SupportDigest", "digest_supports", "module_digest"]
+__all__ = [
+    "ClassEntry", "ClassMemory", "MemoryComparison", "SupportDigest", "digest_supports", "module_digest",
+    "support_keys",
+]  # fmt: skip
 
 _SHORT = 12  # characters of a digest in tables
 
@@ -148,7 +158,9 @@ class ClassMemory:
             same=tuple(same),
             cosine={name: {key: pair[0] for key, pair in row.items()} for name, row in likeness.items()},
             distance={name: {key: pair[1] for key, pair in row.items()} for name, row in likeness.items()},
-            other_supports=tuple(n for n in shared if self[n].support_keys() != other[n].support_keys()),
+            other_supports=tuple(
+                n for n in shared if support_keys(self[n].supports) != support_keys(other[n].supports)
+            ),
             same_encoder=self.encoder == other.encoder,
         )
 

@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from fsdet.data.files import sha256_of
 
 if TYPE_CHECKING:
     from fsdet.data.support import Support
@@ -89,11 +90,7 @@ class ClassEntry:
 
     def digest(self) -> str:
         """SHA-256 over the tensors and over content and boxes of the supports, not over where the files lie."""
-        return _digest_of(self.tensors, self.support_keys())
-
-    def support_keys(self) -> list[tuple[str, tuple[float, ...]]]:
-        """Content digest and box of the supports, sorted: equal for the same supports elsewhere or in other order."""
-        return sorted((support.digest, support.box) for support in self.supports)
+        return _digest_of(self.tensors, support_keys(self.supports))
 
     def likeness(self, other: ClassEntry) -> dict[str, tuple[float, float]]:
         """Tensor name -> (cosine, relative distance), for the tensors that both have in the same shape.
@@ -104,6 +101,11 @@ class ClassEntry:
         shared = [key for key in self.tensors if key in other.tensors]
         pairs = {key: (self.tensors[key], other.tensors[key]) for key in shared}
         return {key: _likeness(a, b) for key, (a, b) in pairs.items() if a.shape == b.shape}
+
+
+def support_keys(supports: Sequence[SupportDigest]) -> list[tuple[str, tuple[float, ...]]]:
+    """Content digest and box of supports, sorted: equal for the same supports elsewhere or in other order."""
+    return sorted((support.digest, support.box) for support in supports)
 
 
 def module_digest(module: nn.Module, *settings: Any) -> str:
@@ -144,8 +146,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _file_digest(file_name: str) -> str:
     try:
-        with Path(file_name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file_name)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{file_name}: picture of a support not found; unpack the data set again, or correct the K-shot list"

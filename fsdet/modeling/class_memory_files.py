@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fsdet.data.files import flush_folder, replacing, save_text_atomic
 from fsdet.modeling.class_memory_entry import dtype_name
 
 try:
@@ -69,10 +70,11 @@ def write_pair(path: str | Path, content: Mapping[str, Any], tensors: Mapping[st
 
     waiting = _waiting(tensor_file, digest)
     with _locked(tensor_file.parent):
-        _write_whole(waiting, data)
-        _write_whole(json_file, text.encode())
+        with replacing(waiting) as temporary:
+            temporary.write_bytes(data)
+        save_text_atomic(text, json_file)
         waiting.replace(tensor_file)
-        _flush_folder(tensor_file.parent)
+        flush_folder(tensor_file.parent)
         for left in _left_behind(tensor_file):
             left.unlink(missing_ok=True)
 
@@ -187,26 +189,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -15,14 +15,8 @@ from torch import nn
 
 from fsdet.checkpoint import safe_io
 from fsdet.checkpoint.array_pickle import load_arrays
-from fsdet.checkpoint.safe_io import (
-    CheckpointFileError,
-    load_weights,
-    save_atomic,
-    save_safetensors,
-    save_text_atomic,
-    sha256_of,
-)
+from fsdet.checkpoint.safe_io import CheckpointFileError, load_weights, save_atomic, save_safetensors
+from fsdet.data.files import save_text_atomic, sha256_of
 
 ARRAYS = {
     "float": np.arange(6, dtype="f4").reshape(2, 3) / 7,

@@ -9,8 +9,9 @@ import torch
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.checkpoint.class_lists import named_split, read_class_names
 from fsdet.checkpoint.predictor import predictor_classes
-from fsdet.checkpoint.safe_io import load_weights, save_atomic, save_safetensors, sha256_of
+from fsdet.checkpoint.safe_io import load_weights, save_atomic, save_safetensors
 from fsdet.checkpoint.surgery import combine, operate, randinit, remove, surgery_file
+from fsdet.data.files import sha256_of
 from fsdet.data.splits import coco_split, voc_split
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/defrcn/c_surgery.npz"

@@ -1,6 +1,7 @@
 """SupportSet: crop policies against golden numbers, grouping, lazy reading, episodes."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -223,3 +224,72 @@ class TestEpisodes:
             for s in supports.episode(1, 2, seed=0, epoch=epoch, image=9, include=["class3"])["class3"]
         }
         assert seen == {300, 301, 310, 311, 320, 321}
+
+    def test_repeat_fills_up(self, supports):
+        """Class 0 has four supports on two other images: one of each image, the other two, then from the first on."""
+        (shots,) = supports.episode(
+            1, 6, seed=0, epoch=0, image="image0", include=["class0"], distinct_images=True, repeat=True
+        ).values()
+        assert {s.image_id for s in shots[:2]} == {"image1", "image2"} and len(set(shots[:4])) == 4
+        assert shots[4:] == shots[:2]
+        pair = supports.episode(2, 2, seed=0, epoch=0, image="image0", distinct_images=True, repeat=True)
+        assert all(len(set(shots)) == 2 for shots in pair.values())
+        lone = SupportSet("a", [Support("f", "image0", 1, 0, (0, 0, 1, 1))])
+        with pytest.raises(ValueError, match="2 supports from other images needed, 0 found of 1"):
+            lone.episode(1, 2, seed=0, epoch=0, image="image0", repeat=True)
+
+    def test_queries_of_one_image_are_told_apart(self, supports):
+        draws = [self.draw(supports, query=query) for query in ("", "class1", "class2")]
+        assert draws[0] == self.draw(supports) and draws[0] != draws[1] != draws[2] != draws[0]
+
+
+class Counted(tuple):
+    """Supports that count how many of them are looked at, and cannot be walked through."""
+
+    seen = 0
+
+    def __getitem__(self, place):
+        Counted.seen += 1
+        return super().__getitem__(place)
+
+    def __iter__(self):
+        raise AssertionError("a draw walks through all supports of a class")
+
+
+def test_an_episode_visits_only_a_few_supports():
+    """The size of FewX's pool: 141,000 supports of 60 classes on 60,000 images, 20 supports a draw."""
+    rng = np.random.default_rng(0)
+    images, classes = rng.integers(0, 60000, 141000).tolist(), rng.integers(0, 60, 141000).tolist()
+    shots = [Support("f", i, n, c, (0, 0, 1, 1)) for n, (i, c) in enumerate(zip(images, classes, strict=True))]
+    pool = SupportSet([f"class{c}" for c in range(60)], shots)
+    assert pool.count_images("class7", without=shots[0].image_id) > 2000  # builds the index
+    pool._shots = [Counted(of_class) for of_class in pool._shots]
+    for number in range(50):
+        include = [f"class{classes[number]}"]
+        drawn = pool.episode(
+            2, 10, seed=0, epoch=number, image=images[number], include=include, distinct_images=True, repeat=True
+        )
+        assert sum(map(len, drawn.values())) == 20
+        assert images[number] not in {s.image_id for shots in drawn.values() for s in tuple.__iter__(shots)}
+    assert 50 * 20 <= Counted.seen < 50 * 21  # hardly a support is drawn in vain
+
+
+def test_lists_of_a_set():
+    shots = [Support("f", image, n, c, (0, 0, 1, 1)) for n, (c, image) in enumerate([(2, 5), (0, 5), (2, 6), (2, 5)])]
+    pool = SupportSet("abc", shots)
+    assert pool.appearance == ("c", "a")  # classes as the supports bring them up
+    assert list(pool.places("c", 5)) == [0, 2] and list(pool.places("b", 5)) == []
+    assert [pool.count_images("c", without=image) for image in (None, 5, 9)] == [2, 1, 2]
+    with pytest.raises(ValueError, match='No class "z"'):
+        pool.places("z", 5)
+
+
+def test_with_policy_changes_the_crop_alone(records):
+    supports = SupportSet.from_records(records, ["a", "b", "c"])
+    small = supports.with_policy(partial(fewx_support_crop, size=64))
+    shot = small.shots("a")[0]
+    assert small.shots("a") == supports.shots("a")
+    assert small.crop(shot).image.shape == (64, 64, 3) and supports.crop(shot).image.shape == (80, 100, 3)
+    assert small.with_policy("tight").crop(shot).image.shape == (293, 195, 3)
+    with pytest.raises(ValueError, match='policy "square"'):
+        supports.with_policy("square")

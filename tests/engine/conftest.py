@@ -116,6 +116,13 @@ def tiny_model():
     }
 
 
+@pytest.fixture(scope="session")
+def narrow():
+    """Overrides that turn a shipped ResNet into one of a few thousand parameters."""
+    sizes = {"DEPTH": 50, "WIDTH_PER_GROUP": 4, "RES2_OUT_CHANNELS": 16, "STEM_OUT_CHANNELS": 8}
+    return tuple(flatten({"MODEL": {"RESNETS": sizes}}))
+
+
 def flatten(config, prefix=""):
     """Nested dict -> KEY VALUE words."""
     words = []

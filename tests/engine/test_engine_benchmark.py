@@ -40,17 +40,9 @@ def test_memory_is_what_the_work_adds():
     assert held.sum() == 2**20
 
 
-def test_calibration_pair_detects_the_same(monkeypatch):
+def test_calibration_pair_detects_the_same(monkeypatch, narrow):
     """On a narrow network; the pair itself compares the two sides before it is timed."""
-    narrow = (
-        "MODEL.RESNETS.DEPTH",
-        "50",
-        "MODEL.RESNETS.WIDTH_PER_GROUP",
-        "4",
-        "MODEL.RESNETS.RES2_OUT_CHANNELS",
-        "16",
-    )
-    narrow += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RPN.POST_NMS_TOPK_TEST", "50")
+    narrow += ("MODEL.RPN.POST_NMS_TOPK_TEST", "50")
     original = benchmark_defrcn._config
     monkeypatch.setattr(benchmark_defrcn, "_config", lambda file, size, *opts: original(file, size, *narrow, *opts))
     (_, ours), (_, plain) = BENCHMARKS["calibration"](64)
@@ -60,17 +52,8 @@ def test_calibration_pair_detects_the_same(monkeypatch):
     assert len(lines) == 1
 
 
-def test_finetuning_pairs_run(monkeypatch):
+def test_finetuning_pairs_run(monkeypatch, narrow):
     """Both recipes keep the filled quota of eight foreground regions; the fast one computes fewer of the others."""
-    narrow = (
-        "MODEL.RESNETS.DEPTH",
-        "50",
-        "MODEL.RESNETS.WIDTH_PER_GROUP",
-        "4",
-        "MODEL.RESNETS.RES2_OUT_CHANNELS",
-        "16",
-    )
-    narrow += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8")
     original, built = benchmark_defrcn._config, []
     monkeypatch.setattr(benchmark_defrcn, "_config", lambda file, size, *opts: original(file, size, *narrow, *opts))
     build = benchmark_defrcn.build_detector

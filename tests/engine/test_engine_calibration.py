@@ -15,7 +15,7 @@ from torch import nn
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.data import support
 from fsdet.data.mapper import FewShotMapper
-from fsdet.engine import calibrated
+from fsdet.engine import calibrated, memories
 from fsdet.engine.calibrated import calibrate
 from fsdet.engine.predictor import Predictor
 from fsdet.engine.run import Evaluation, make_evaluator, prepare, run
@@ -91,7 +91,7 @@ def test_evaluation_calibrates_and_keeps_the_memory(novel_run, classifier, monke
     plain = detections(folder)
     assert not (folder / "class_memory.json").exists()
     decoded, original = [], support.read_image
-    for module in (detection_utils, support, calibration):  # the mapper's, the supports', the calibration's own
+    for module in (detection_utils, support):  # the mapper's; the supports' and the calibration's own
         monkeypatch.setattr(module, "read_image", lambda f, format=None: decoded.append(f) or original(f, format))
     run(config, classifier, eval_only=True, quiet=True)
     found = detections(folder)
@@ -189,12 +189,12 @@ def test_every_process_waits_whether_or_not_it_has_the_supports(evaluated, class
     config, folder = evaluated
     before = (folder / "class_memory.json").read_bytes()
     waits = []
-    monkeypatch.setattr(calibrated.comm, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(memories.comm, "synchronize", lambda: waits.append(1))
     for samples in ([], ["FEWSHOT.SAMPLES", str(tmp_path / "nowhere")]):
         cfg = on_this_machine(load_config(config, [*classifier, *samples]))
         model = calibrate(build_detector(cfg), cfg)
         waits.clear()
-        calibrated.encode_or_recall(model, lambda cfg=cfg: calibrated.read_supports(cfg), folder)
+        memories.encode_or_recall(model, lambda cfg=cfg: memories.read_supports(cfg), folder)
         assert len(waits) == 1 and model.class_memory.names == ("white",)
     assert (folder / "class_memory.json").read_bytes() == before
 
@@ -203,11 +203,9 @@ def test_a_memory_of_other_weights_is_stale(evaluated, classifier, tmp_path):
     _, folder = evaluated
     torch.manual_seed(4)
     torch.save(Tiny().state_dict(), tmp_path / "tiny.pth")
-    with pytest.raises(
-        ValueError, match=r"class_memory\.json is no class memory of this calibration.*Evaluate the run"
-    ):
+    with pytest.raises(ValueError, match=r"class_memory\.json is no class memory of this detector.*Evaluate the run"):
         Predictor.from_run(folder, opts=classifier)
-    with pytest.raises(ValueError, match="is no class memory of this calibration"):
+    with pytest.raises(ValueError, match="is no class memory of this detector"):
         Predictor.from_run(folder, opts=[*classifier, *without_data(tmp_path)])
 
 

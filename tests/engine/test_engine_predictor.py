@@ -1,7 +1,5 @@
 """The Python API against Detectron2's own predictor, and what it does with bad pictures and bad runs."""
 
-import json
-
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from PIL import Image
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.data.mapper import ImageError
-from fsdet.engine.predictor import Detection, Predictor, find_images, predict_files
+from fsdet.engine.predictor import Detection, Predictor
 from fsdet.engine.run import prepare
 from fsdet.engine.setup import load_config
 from fsdet.engine.trainer import build_detector
@@ -179,53 +177,3 @@ def test_weights_and_classes_must_fit(run_folder):
         Predictor.from_run(run_folder)
     with pytest.raises(ValueError, match='"gpu" is no device'):
         Predictor.from_config(cfg, weights, ["red", "green", "blue", "white"], device="gpu")
-
-
-def test_folders_are_searched_and_results_keep_their_structure(predictor, pictures, tmp_path):
-    source = tmp_path / "photos"
-    (source / "deep").mkdir(parents=True)
-    (source / "notes.txt").write_text("no picture")
-    for name in ("a.png", "deep/b.JPG", "deep/b.png"):
-        Image.open(pictures[0]).convert("RGB").save(source / name)
-    (source / "deep" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
-    content = predict_files(predictor, [source, pictures[1]], tmp_path / "out", batch_size=2)
-    assert content == json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [row["file_name"].rsplit("/", 1)[1] for row in content["images"]] == [
-        "a.png",
-        "b.JPG",
-        "b.png",
-        pictures[1].name,
-    ]
-    (failed,) = content["failed"]
-    assert failed["file_name"].endswith("deep/torn.jpg") and "cannot be read" in failed["error"]
-    written = sorted(
-        str(p.relative_to(tmp_path / "out" / "pictures")) for p in (tmp_path / "out" / "pictures").rglob("*.*")
-    )
-    assert written == sorted(["a.png.jpg", "deep/b.JPG", "deep/b.png.jpg", f"{pictures[1].name}.jpg"])
-    found = predictor(source / "a.png")
-    rows = [row for row in content["detections"] if row["image_id"] == 1]
-    assert [row["category_name"] for row in rows] == [d.class_name for d in found] and rows
-    for row, detection in zip(rows, found, strict=True):
-        x, y, width, height = row["bbox"]
-        assert (x, y, x + width, y + height) == pytest.approx(detection.box, abs=0.02)
-        assert content["categories"][row["category_id"]] == {"id": detection.class_id, "name": detection.class_name}
-
-
-def test_faults_of_the_input_are_named(predictor, pictures, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such image or folder"):
-        predict_files(predictor, [pictures[0], tmp_path / "nowhere"], tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="No image in .*empty; looked for .jpg"):
-        predict_files(predictor, [tmp_path / "empty"], tmp_path / "out")
-    (tmp_path / "broken.png").write_bytes(b"x")
-    with pytest.raises(ImageError, match=r"None of the 1 image\(s\) can be read; the first: .*broken.png"):
-        predict_files(predictor, [tmp_path / "broken.png"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_equal_names_from_two_folders_stay_apart(pictures, tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.png").write_bytes(pictures[0].read_bytes())
-    names = [str(name) for _, name in find_images([tmp_path / "x", tmp_path / "y", pictures[0]])]
-    assert names == ["1.png", "1_2.png", "1_3.png"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
-from fsdet.checkpoint.safe_io import load_weights, save_atomic, sha256_of
+from fsdet.checkpoint.safe_io import load_weights, save_atomic
 from fsdet.checkpoint.surgery import surgery_file
+from fsdet.data.files import sha256_of
 from fsdet.engine.preflight import check_weights
 from fsdet.engine.record import Cost, base_model_digest, evaluated_cost, pretraining_label
 from fsdet.engine.run import run

@@ -191,11 +191,15 @@ def test_switches_that_are_off_are_no_part_of_a_digest(monkeypatch):
     plain = load_config(file, words)
     older = plain.clone()
     older.defrost()
-    for key in ("VIEWS",):
-        del older.DATALOADER[key]
+    del older["FEWX"], older.INPUT["FS"], older.SOLVER["HEAD_LR_FACTOR"], older.DATALOADER["VIEWS"]
     monkeypatch.setattr("fsdet.engine.record._switched_off", lambda cfg: ["TEST.CALIBRATION", *LATER])
     before = result_digest(older)
     monkeypatch.undo()
     assert result_digest(plain) == before
-    for key, value in (("DATALOADER.VIEWS", "4"), ("SOLVER.FUSED", "True"), ("FEWSHOT.TEST_LIST", "a.txt")):
+    for key, value in (
+        ("SOLVER.HEAD_LR_FACTOR", "2.0"),
+        ("DATALOADER.VIEWS", "4"),
+        ("SOLVER.FUSED", "True"),
+        ("FEWSHOT.TEST_LIST", "a.txt"),
+    ):
         assert result_digest(load_config(file, [*words, key, value])) != before

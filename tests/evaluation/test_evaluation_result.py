@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import subprocess
 from dataclasses import replace
 
@@ -50,11 +51,11 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     before = path.read_text()
     first = read_result(path)
 
-    def torn(data, file, **_):
-        file.write('{"schema": 1, "proto')
+    def torn(text, file, **_):
+        file.write_bytes(b'{"schema": 1, "proto')
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.json, "dump", torn)
+    monkeypatch.setattr(pathlib.Path, "write_text", lambda file, text, **_: torn(text, file))
     with pytest.raises(OSError, match="disk full"):
         write_result(path, replace(first, iterations=1))
     assert path.read_text() == before

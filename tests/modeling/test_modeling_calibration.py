@@ -347,8 +347,8 @@ def test_prototypes_take_the_memory_of_one_pass(support_set):
 
 def test_each_support_file_is_decoded_once(support_set, monkeypatch):
     read = []
-    original = calibration.SupportSet.crop
-    monkeypatch.setattr(calibration.SupportSet, "crop", lambda self, s: read.append(s.file_name) or original(self, s))
+    original = calibration.read_support
+    monkeypatch.setattr(calibration, "read_support", lambda s, *args: read.append(s.file_name) or original(s, *args))
     wrap(calibrated=NAMES).encode_support(support_set)
     assert len(read) == len(set(read)) == 3
 

@@ -112,3 +112,50 @@ def test_faults_are_one_line(run_folder, photos, tmp_path, predict, capsys, chan
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+class Recorder:
+    """Stands for the predictor: notes what it is made of, and writes an empty memory."""
+
+    class_names = ("mug", "plate")
+
+    def __init__(self):
+        self.calls = []
+
+    def from_run(self, run, **given):
+        self.calls.append({key: given[key] for key in ("support", "memory")})
+        return self
+
+    def save_memory(self, path):
+        self.calls.append(path)
+
+
+def test_examples_and_memories_are_handed_on(tmp_path, predict, monkeypatch, capsys):
+    """A memory can be made without any picture to look at."""
+    recorder = Recorder()
+    monkeypatch.setitem(predict.__globals__, "Predictor", recorder)
+    folder, file = tmp_path / "supports", tmp_path / "kept"
+    assert predict(["--run", "run", "--support", str(folder), "--save-memory", str(file)]) == 0
+    assert capsys.readouterr().out == f"2 classes written: {file}.json and .safetensors\n"
+    assert predict(["--run", "run", "--memory", str(file), "--save-memory", str(tmp_path / "b.json")]) == 0
+    assert capsys.readouterr().out == f"2 classes written: {tmp_path}/b.json and .safetensors\n"
+    assert recorder.calls == [
+        {"support": folder, "memory": ""}, file, {"support": None, "memory": file}, tmp_path / "b.json",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        predict(["--run", "run", "--support", str(folder)])
+    assert "name images or folders to look into, or --save-memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--support", "--memory"])
+def test_a_detector_that_reads_no_examples_says_so(run_folder, photos, tmp_path, predict, capsys, option):
+    arguments = [str(photos), "--run", str(run_folder), "--output", str(tmp_path / "out")]
+    assert predict([*arguments, option, str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: The classes of this detector ("tiny", MODEL.META_ARCHITECTURE GeneralizedRCNN')
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_needs_a_file_name(tmp_path, predict, capsys):
+    assert predict(["--run", "nowhere", "--save-memory", str(tmp_path)]) == 1
+    assert "is a folder; name the memory in it" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_failure_is_one_line(tool, words, said):
 
 def test_dry_run_prints_the_plan(tool, capsys, tmp_path):
     base = str(ROOT / "configs" / "tfa" / "voc_base.yaml")
-    with pytest.raises(IndexError):  # no sweep was asked for
+    with pytest.raises(SystemExit, match="2 of 2 novel runs lack K-shot lists"):  # found now, not after the base run
         tool(
             "--base",
             base,
@@ -120,6 +120,8 @@ def test_dry_run_prints_the_plan(tool, capsys, tmp_path):
             "0-1",
             "--dry-run",
             "FEWSHOT.OUTPUT",
+            str(tmp_path),
+            "FEWSHOT.ROOT",
             str(tmp_path),
         )
     lines = capsys.readouterr().out.splitlines()
