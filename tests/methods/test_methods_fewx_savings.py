@@ -13,7 +13,7 @@ from test_methods_fewx_model import build, configure
 from fsdet.methods.fewx import filtering, rpn
 from fsdet.methods.fewx.derived import Derived, weights_key
 from fsdet.methods.fewx.filtering import FilteredConv, FilteredConv2d
-from fsdet.methods.fewx.folded import FoldedStage, pointwise
+from fsdet.methods.fewx.folded import FoldedStage, Projections, pointwise
 from fsdet.methods.fewx.roi_heads import RelationRes5ROIHeads
 
 
@@ -237,3 +237,19 @@ def test_whole_detector_is_the_same_without_the_savings(monkeypatch):
         monkeypatch.setattr(module, "is_cpu_inference", lambda *args: False)
     for ours, plain in zip(short, numbers(), strict=True):
         same(ours, plain, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [True, False])
+def test_regions_of_projected_maps(skip):
+    """Pooling and the first 1x1 convolutions change places; also for boxes that reach beyond the image."""
+    heads = build("MODEL.ROI_HEADS.SKIP_UNREAD_CELLS", skip).roi_heads
+    features = torch.rand(2, 64, 12, 16)
+    boxes = [Boxes(torch.tensor([[-40.0, -8, 90, 120], [30, 20, 300, 250]])), Boxes(torch.tensor([[5.0, 9, 21, 14]]))]
+    prepared = heads.prepare(features)
+    # Where res5 strides itself, its first convolutions do not read every cell and are left where they are.
+    assert isinstance(prepared, Projections) == skip
+    same(heads.region_features(prepared, boxes), heads.region_features(features, boxes))
+    same(heads.region_features(prepared[1:], boxes[1:]), heads.region_features(features[1:], boxes[1:]))
+    heads.train()
+    assert heads.prepare(features) is features

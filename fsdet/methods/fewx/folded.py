@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -78,8 +79,23 @@ class _FoldedBlock:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        result = self.conv3(self.conv2(self.conv1.with_relu(x)))
-        return result.add_(x if self.shortcut is None else self.shortcut(x)).relu_()
+        return self.behind(self.conv1.with_relu(x), x if self.shortcut is None else self.shortcut(x))
+
+    def behind(self, inner: Tensor, outer: Tensor) -> Tensor:
+        """What follows the first convolution and its ReLU, (N, B, H, W), and the shortcut, (N, O, H, W)."""
+        return self.conv3(self.conv2(inner)).add_(outer).relu_()
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Maps behind the first convolution of a stage and behind its shortcut, both without bias: (N, ., H, W)."""
+
+    inner: Tensor
+    outer: Tensor
+
+    def __getitem__(self, images: slice) -> Projections:
+        """Those of some images."""
+        return Projections(self.inner[images], self.outer[images])
 
 
 class FoldedStage:
@@ -100,5 +116,32 @@ class FoldedStage:
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, O, H', W')."""
         for block in self.blocks:
+            x = block(x)
+        return x
+
+    @property
+    def is_projectable(self) -> bool:
+        """Whether the stage begins with two 1x1 convolutions that read every cell, see `project`."""
+        first = self.blocks[0]
+        layers = (first.conv1, first.shortcut)
+        return all(layer is not None and layer.is_plain and layer.weight.shape[2:] == (1, 1) for layer in layers)
+
+    def project(self, features: Tensor) -> Projections:
+        """The first convolution and the shortcut, without their biases, of whole maps (N, C, H, W) instead of regions.
+
+        Pooling averages cells and a 1x1 convolution weights channels, so they may change places. Many regions overlap
+        on a map that has fewer cells than all of them together.
+        """
+        first = self.blocks[0]
+        cells = features.contiguous(memory_format=torch.channels_last)
+        inner, outer = (F.conv2d(cells, layer.weight) for layer in (first.conv1, first.shortcut))
+        return Projections(inner, outer)
+
+    def from_projections(self, pooled: Projections) -> Tensor:
+        """The stage for regions (R, ., P, P) that were pooled from the maps of `project`; overwrites them."""
+        first = self.blocks[0]
+        inner = pooled.inner.add_(first.conv1.bias[:, None, None]).relu_()
+        x = first.behind(inner, pooled.outer.add_(first.shortcut.bias[:, None, None]))
+        for block in self.blocks[1:]:
             x = block(x)
         return x

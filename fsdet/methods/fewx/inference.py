@@ -94,13 +94,14 @@ class PairScorer:
 
     def score_exact(self, features: Tensor, sizes: Sequence[tuple[int, int]], classes: Classes) -> Iterator[Scored]:
         """Score every class on its own proposals; yields one item for each pair of an image and a class."""
+        prepared = self.heads.prepare(features)
         for pairs, proposals in self.propose(features, sizes, classes):
             boxes = [found.proposal_boxes for found in proposals]
             first, last = pairs[0][0], pairs[-1][0]
             by_image: list[list[Boxes]] = [[] for _ in range(first, last + 1)]
             for (image, _), own in zip(pairs, boxes, strict=True):
                 by_image[image - first].append(own)
-            regions = self.heads.region_features(features[first : last + 1], [Boxes.cat(own) for own in by_image])
+            regions = self.heads.region_features(prepared[first : last + 1], [Boxes.cat(own) for own in by_image])
             counts = [len(own) for own in boxes]
             numbers = torch.tensor([number for _, number in pairs], device=features.device)
             index = numbers.repeat_interleave(torch.tensor(counts, device=features.device))
@@ -115,9 +116,10 @@ class PairScorer:
         for pairs, proposals in self.propose(features, sizes, classes):
             for (image, _), own in zip(pairs, proposals, strict=True):
                 found[image].append(own)
+        prepared = self.heads.prepare(features)
         for image, instances in enumerate(found):
             for boxes in self._merge(instances).split(self._rows(features)):
-                regions = self.heads.region_features(features[image : image + 1], [Boxes(boxes)])
+                regions = self.heads.region_features(prepared[image : image + 1], [Boxes(boxes)])
                 embedded = self.heads.box_predictor.embed(regions)
                 for number in range(len(classes)):
                     index = torch.full((len(boxes),), number, device=boxes.device)

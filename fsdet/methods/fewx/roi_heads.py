@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fsdet.methods.fewx.contrastive import PlateauWatch, image_losses
 from fsdet.methods.fewx.derived import Derived, is_cpu_inference
-from fsdet.methods.fewx.folded import FoldedStage
+from fsdet.methods.fewx.folded import FoldedStage, Projections
 from fsdet.methods.fewx.relation import BACKGROUND, MATCH, MultiRelationHead, RegionParts, SupportParts
 from fsdet.modeling.roi_heads import FewShotRes5ROIHeads, SinglePrecisionPooler
 
@@ -131,8 +131,25 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
         step = getattr(self.pooler, "step", 1)
         return pooled, self._stage(pooled[:, :, ::step, ::step])
 
-    def region_features(self, features: Tensor, boxes: list[Boxes]) -> Tensor:
-        """Features (R, C5, P, P) behind res5 of the boxes of N images with res4 features (N, C4, H, W)."""
+    def prepare(self, features: Tensor) -> Tensor | Projections:
+        """What `region_features` reads fastest when it is called often on the same images (N, C4, H, W)."""
+        if is_cpu_inference(self, features) and FoldedStage.fits(self.res5):
+            stage = self._folded(self.res5)
+            if stage.is_projectable:
+                return stage.project(features)
+        return features
+
+    def region_features(self, features: Tensor | Projections, boxes: list[Boxes]) -> Tensor:
+        """Features (R, C5, P, P) behind res5 of the boxes of N images.
+
+        Args:
+            features: (N, C4, H, W) on res4, or what `prepare` has made of them.
+            boxes: of each image, XYXY in pixels of the network input.
+        """
+        if isinstance(features, Projections):
+            pooled = (self.pooler([level], boxes) for level in (features.inner, features.outer))
+            maps = (level.contiguous(memory_format=torch.channels_last) for level in pooled)
+            return self._folded(self.res5).from_projections(Projections(*maps))
         return self._stage(self.pooler([features], boxes))
 
     def forward(

@@ -1,0 +1,63 @@
+"""The shipped FewX configurations: all of them load, and hold the release's recipe where they say so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fsdet.engine.setup import load_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "fewx"
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NOVEL = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_base"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a shipped file; the demo's finds its class names in a data set without images."""
+    for name in ("train", "test"):
+        categories = [{"id": i + 1, "name": digit} for i, digit in enumerate(DIGITS)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+
+    def read(name, *opts):
+        root = ["FEWSHOT.ROOT", str(tmp_path)] if name.startswith("demo") else []
+        return load_config(str(FOLDER / f"{name}.yaml"), [*opts, *root])
+
+    return read
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*_base.yaml")))
+def test_base_stages(name, load):
+    cfg = load(name)
+    assert cfg.FEWSHOT.STAGE == "base" and cfg.MODEL.META_ARCHITECTURE == "FewXRCNN" and cfg.SOLVER.MAX_ITER > 0
+    assert (cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.ROI_HEADS.NAME) == ("AttentionRPN", "RelationRes5ROIHeads")
+    assert cfg.INPUT.FS.ENABLED and cfg.FEWSHOT.SURGERY == "none" and cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION == 14
+
+
+@pytest.mark.parametrize("name", NOVEL)
+@pytest.mark.parametrize("shot", [1, 10])
+def test_novel_stages_go_on_from_their_base_run(name, shot, load):
+    cfg, base = load(name, "FEWSHOT.SHOT", str(shot)), load(f"{name.rsplit('_', 1)[0]}_base")
+    assert f"{base.OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS
+    assert (cfg.SOLVER.MAX_ITER == 0) == name.endswith("_direct")
+    assert (1 if shot == 1 else min(9, base.INPUT.FS.SUPPORT_SHOT)) == cfg.INPUT.FS.SUPPORT_SHOT
+    assert cfg.FEWX.INIT == ""
+
+
+def test_recipe_of_the_release():
+    base = load_config(str(FOLDER / "coco_release_base.yaml"))
+    assert (base.SOLVER.BASE_LR, base.SOLVER.IMS_PER_BATCH, base.SOLVER.MAX_ITER) == (0.004, 8, 120_000)
+    assert (base.SOLVER.STEPS, base.SOLVER.WARMUP_ITERS, base.MODEL.BACKBONE.FREEZE_AT) == ((112_000,), 1000, 3)
+    assert (base.INPUT.FS.SUPPORT_SHOT, base.MODEL.RPN.POST_NMS_TOPK_TEST, base.INPUT.MIN_SIZE_TEST) == (10, 100, 600)
+    novel = load_config(str(FOLDER / "coco_release_novel.yaml"), ["FEWSHOT.SHOT", "10"])
+    assert (novel.SOLVER.BASE_LR, novel.SOLVER.IMS_PER_BATCH, novel.SOLVER.MAX_ITER) == (0.001, 4, 3000)
+    assert (novel.SOLVER.STEPS, novel.SOLVER.WARMUP_ITERS, novel.MODEL.BACKBONE.FREEZE_AT) == ((2000,), 200, 5)
+    assert novel.INPUT.FS.SUPPORT_SHOT == 9 and novel.FEWSHOT.SETTING == "fsod"
+
+
+@pytest.mark.parametrize("model", ["r101_c4", "r50_c4", "r50_c4_pool7"])
+def test_other_networks_keep_the_heads(model):
+    cfg = load_config(str(FOLDER / "voc_base.yaml"), model=model)
+    assert cfg.MODEL.META_ARCHITECTURE == "FewXRCNN" and cfg.MODEL.ROI_HEADS.NAME == "RelationRes5ROIHeads"
+    with pytest.raises(ValueError, match="a C4 network"):
+        load_config(str(FOLDER / "voc_base.yaml"), model="r50_fpn")
