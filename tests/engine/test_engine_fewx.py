@@ -154,6 +154,16 @@ def test_sweep_base_direct_and_fine_tuned(stages, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sweep_on_a_gpu(stages):
+    """Training in mixed precision, class memories and detections in chunks, on the device."""
+    base, direct, tuned = stages
+    opts = ("SOLVER.AMP.ENABLED", "True", "FEWX.ROWS_AT_ONCE", "40")
+    results = [read_result(path) for path in run_sweep(Sweep(base, (direct, tuned), (1,), (0,), opts=opts), quiet=True)]
+    assert [r.iterations for r in results] == [4, 0, 2] and all(0 <= r.metrics["AP50"] <= 100 for r in results)
+
+
 def test_backbone_is_frozen_in_fine_tuning_and_heads_train(stages, tmp_path):
     base, _, tuned = stages
     run(base, quiet=True)
