@@ -34,7 +34,7 @@ def build_support_pool(cfg: Any, records: Sequence[Record]) -> SupportSet:
     """The supports of a configuration, with the policy that gives its crops.
 
     They are the objects of the records, cut with context to squares of INPUT.FS.CROP_SIZE; or with INPUT.FS.TABLE the
-    rows of a support table, whose crops are files. The same pool serves training and class memories.
+    rows of a support table, whose crops are files.
 
     Args:
         cfg: a resolved configuration; reads DATASETS.TRAIN, INPUT.FORMAT and INPUT.FS.

@@ -7,7 +7,7 @@ folder.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,9 @@ def read_supports(cfg: CfgNode) -> SupportSet:
     return SupportSet.from_records(load_records(spec, dataset_sources(cfg), report), run_classes(cfg))
 
 
-def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], folder: str | Path) -> None:
+def encode_or_recall(
+    model: nn.Module, build_support: Callable[[], SupportSet], folder: str | Path, class_names: Sequence[str] = ()
+) -> None:
     """Give a detector its class memory before an evaluation.
 
     It is kept below `folder`, and only classes whose supports have changed since are encoded again. Where the support
@@ -88,7 +90,9 @@ def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], 
         model: any detector; one without memory is left alone.
         build_support: as for `condition_on_support`.
         folder: OUTPUT_DIR.
-    Raises: FileNotFoundError when pictures and memory are absent; ValueError for a memory of another network.
+        class_names: in the order of the detections' class ids; a memory that was edited may have another one.
+    Raises: FileNotFoundError when pictures and memory are absent; ValueError for a memory of another network, or
+        without one of these classes.
     """
     readers = _readers(model)
     for reader in readers:
@@ -102,7 +106,10 @@ def encode_or_recall(model: nn.Module, build_support: Callable[[], SupportSet], 
         if not paths or None in paths or not _all_recallable(model):
             raise
         for reader, path in zip(readers, paths, strict=True):
-            reader.part.keep_class_memory(reader.recall(path))
+            memory = reader.recall(path)
+            if class_names and not isinstance(reader.part, CalibratedDetector):  # whose prototypes go by name
+                memory = memory.select(class_names)
+            reader.part.keep_class_memory(memory)
         logger.warning("Taken as kept: %s; the supports are not here (%s)", ", ".join(map(str, paths)), error)
         is_encoded = False
     # Nobody reads the former one any more. Every process comes by here, also one that lacks the supports.

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
-from fsdet.checkpoint.predictor import predictor_classes
+from fsdet.checkpoint.predictor import predictor_classes, recorded_classes
 from fsdet.checkpoint.safe_io import METADATA_KEY, load_weights
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, new_report
 from fsdet.data.files import sha256_of
@@ -141,6 +141,18 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
         raise ValueError(_wrong_classes(cfg, have, training))
     if training:
         _check_origin(cfg, checkpoint)
+        _check_leak(cfg, checkpoint)
+
+
+def _check_leak(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
+    """Refuse start weights that have seen labels of the novel classes, where no predictor of classes would tell."""
+    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWX.INIT or cfg.FEWSHOT.STAGE == "novel"):
+        return
+    if seen := sorted(set(recorded_classes(checkpoint) or ()) & set(config_classes(cfg).novel)):
+        raise ValueError(
+            f"{cfg.MODEL.WEIGHTS} was trained with labels of {seen}, which are novel classes here. Start from a "
+            "detector of this split's base classes (FEWX.INIT, FEWSHOT.BASE_RUN or MODEL.WEIGHTS)"
+        )
 
 
 def _check_origin(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
@@ -171,6 +183,8 @@ def _local_file(cfg: CfgNode) -> str:
     if Path(weights).is_file():
         return weights
     remedy = "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
+    if cfg.FEWX.INIT:
+        remedy = "train that detector first (FEWX.INIT), or name another one"
     if cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SURGERY == "none":
         remedy = "train the base stage first, or set MODEL.WEIGHTS or FEWSHOT.BASE_RUN"
     elif cfg.FEWSHOT.STAGE == "novel":

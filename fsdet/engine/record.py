@@ -186,11 +186,15 @@ _LATER = (
 )  # fmt: skip
 
 
+# Where start weights lie (the result says what they were), and what bounds the memory at the same result.
+_PLACES = ["FEWX.INIT", "FEWX.ROWS_AT_ONCE"]
+
+
 def _switched_off(cfg: CfgNode) -> list[str]:
     """Keys of switches that are off, calibration with all that belongs to it."""
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
-    keys += [] if cfg.FEWX.ENABLED else ["FEWX"]
-    keys += [] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
+    keys += _PLACES if cfg.FEWX.ENABLED else ["FEWX"]
+    keys += ["INPUT.FS.CACHE_MIB"] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
     keys += [] if cfg.SOLVER.HEAD_LR_FACTOR != 1 else ["SOLVER.HEAD_LR_FACTOR"]
     return keys + [key for key in _LATER if not reduce(getitem, key.split("."), cfg)]
 
@@ -203,7 +207,8 @@ def result_digest(cfg: CfgNode) -> str:
 # What may change between the parts of one run: its length, how a step is computed, what is kept and tested.
 _RESUMABLE = (
     "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.ACCUMULATION_STEPS", "SOLVER.CHECKPOINTS_KEPT", "SOLVER.AMP",
-    "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWSHOT.TEST_LIST", "FEWSHOT.BASE_RUN",
+    "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWX.TEST_SHOTS", "FEWX.SHARED_PROPOSALS", "FEWSHOT.TEST_LIST",
+    "FEWSHOT.BASE_RUN",
     "FEWSHOT.OUTPUT",
 )  # fmt: skip
 

@@ -102,7 +102,7 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if predictor is not None:
         predictor.load_state_dict(fresh)
-    check_match(cfg, checkpointer)
+    check_match(cfg, checkpointer, training=training)
     if not (resume and checkpointer.has_checkpoint()):
         return 0
     if training and state.get(METADATA_KEY, {}).get("recipe", resume_digest(cfg)) != resume_digest(cfg):
@@ -113,7 +113,7 @@ def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: boo
     return int(state.get("iteration", -1)) + 1
 
 
-def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
+def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, training: bool = True) -> None:
     """Refuse weights that fill too little of the model to train or evaluate on.
 
     A novel stage needs everything but the box predictor, or everything where there is no surgery; a base stage a whole
@@ -130,7 +130,7 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
     unfilled = [*report.missing, *(name for name, _, _ in report.mismatched)]
     parameters = dict(checkpointer.model.named_parameters())
     bottom_up = "backbone.bottom_up." if any("bottom_up" in name for name in parameters) else "backbone."
-    needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, bottom_up)]
+    needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, bottom_up, training)]
     if needed:
         raise ValueError(
             f"{cfg.MODEL.WEIGHTS} fills the model only in part: {len(needed)} tensors would start at random, "
@@ -138,11 +138,11 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer) -> None:
         )
 
 
-def _must_be_filled(cfg: CfgNode, name: str, bottom_up: str) -> bool:
-    if cfg.FEWSHOT.STAGE == "base":
-        return name.startswith(bottom_up)
+def _must_be_filled(cfg: CfgNode, name: str, bottom_up: str, training: bool) -> bool:
     # RESET_PREDICTOR without training measures heads that have learnt nothing.
     whole = cfg.FEWSHOT.SURGERY == "none" and not cfg.FEWSHOT.RESET_PREDICTOR
+    if cfg.FEWSHOT.STAGE == "base" and (training or not whole):
+        return name.startswith(bottom_up)
     return whole or "box_predictor." not in name
 
 
@@ -168,7 +168,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotE
     Returns: metrics in percent, e.g. {"AP50": …, "nAP50": …} (empty on all but the main process), and the evaluator.
     """
     model = calibrate(model, cfg)
-    encode_or_recall(model, lambda: build_support(cfg), cfg.OUTPUT_DIR)
+    encode_or_recall(model, lambda: build_support(cfg), cfg.OUTPUT_DIR, run_classes(cfg))
     (name,) = cfg.DATASETS.TEST
     evaluator = make_evaluator(cfg)
     loader = build_test_loader(cfg, name, keep_original=is_calibrated(cfg))
@@ -189,7 +189,8 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
     mapper = FewShotMapper(cfg, True, augmentations=build_augmentation(cfg, False))
     loader = ([mapper(record)] for record in DatasetCatalog.get(name))
     weights = Path(cfg.MODEL.WEIGHTS)
-    recorded = recorded_classes(load_weights(weights)) if weights.is_file() else None
+    has_rows = cfg.FEWSHOT.SURGERY != "none"  # whose order could be another one
+    recorded = recorded_classes(load_weights(weights)) if has_rows and weights.is_file() else None
     return diagnose(
         novel_classes=novel,
         test_classes=run_classes(cfg),
@@ -225,10 +226,11 @@ def run(
     """
     cfg = load_config(config_file, opts, model=model)
     register_datasets(cfg)
+    untrained = is_untrained(cfg)
+    resume = resume and not untrained  # there is nothing of its own to resume from
     check_run(cfg, resume=resume, training=not eval_only)
     if not (eval_only or resume):
         check_fresh(cfg)
-    untrained = is_untrained(cfg)
     cfg = prepare(cfg, quiet=quiet, keep_config=eval_only or resume)
     eval_only = eval_only or untrained
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}

@@ -300,6 +300,8 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
             cfg.INPUT.FS.SUPPORT_SHOT = max(1, min(cfg.INPUT.FS.SUPPORT_SHOT, fewshot.SHOT - 1))
     else:
         run = "base"
+        if "MODEL.WEIGHTS" in opts[::2]:
+            cfg.FEWX.INIT = ""
         cfg.MODEL.WEIGHTS = cfg.FEWX.INIT or cfg.MODEL.WEIGHTS
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"

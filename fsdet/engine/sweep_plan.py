@@ -14,6 +14,7 @@ from fsdet.data.catalog import sample_files
 from fsdet.engine.record import result_digest
 from fsdet.engine.setup import MODEL_FILE, dataset_sources, dataset_specs, load_config, surgered_weights
 from fsdet.engine.sweep_run import PlannedRun
+from fsdet.engine.validate import is_untrained
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class _Plan:
         if self.sweep.calibration == "both":
             enabled = cfg.TEST.CALIBRATION.ENABLED
             name = "uncalibrated" if enabled else "calibrated"
-            other = [*opts, "OUTPUT_DIR", f"{folder}/{name}", "MODEL.WEIGHTS", f"{folder}/{MODEL_FILE}"]
+            weights = cfg.MODEL.WEIGHTS if is_untrained(cfg) else f"{folder}/{MODEL_FILE}"
+            other = [*opts, "OUTPUT_DIR", f"{folder}/{name}", "MODEL.WEIGHTS", weights]
             other += ["TEST.CALIBRATION.ENABLED", str(not enabled)]
             cfg = self.load(config_file, other)
             self.add("evaluation", config_file, other, cfg, row=f"{row} {name}", after=(folder,))

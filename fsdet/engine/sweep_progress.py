@@ -83,8 +83,9 @@ def seconds_left(ahead: Sequence[PlannedRun], done: Mapping[PlannedRun, RunResul
 
 def _expected(run: PlannedRun, done: Mapping[PlannedRun, RunResult]) -> float:
     """Seconds of a run: its iterations at the speed of runs alike, and their mean evaluation."""
-    kin = [other for other in done if other.kind == run.kind]
-    alike = [done[other] for other in [r for r in kin if r.config_file == run.config_file] or kin or done]
+    trained = [other for other in done if bool(other.iterations) == bool(run.iterations)] or list(done)
+    kin = [other for other in trained if other.kind == run.kind]
+    alike = [done[other] for other in [r for r in kin if r.config_file == run.config_file] or kin or trained]
     iterations = sum(result.iterations for result in alike)
     speed = sum(result.seconds.get("train", 0.0) for result in alike) / iterations if iterations else 0.0
     return speed * run.iterations + sum(result.seconds.get("eval", 0.0) for result in alike) / len(alike)

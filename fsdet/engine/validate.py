@@ -65,6 +65,11 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
         faults.append("FEWSHOT.TRAIN_JSON and TEST_JSON are for FEWSHOT.LAYOUT coco and custom; voc reads XML files")
     if fewshot.LAYOUT != "voc" and fewshot.SPLIT != 1:
         faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}, but only FEWSHOT.LAYOUT voc has several class splits")
+    if fewshot.CHOICE == "official" and fewshot.SURGERY == "none":
+        faults.append(
+            "FEWSHOT.CHOICE official draws other shots in every process and evaluation, and this detector reads them "
+            "at test time; use seeded"
+        )
     faults += [
         f'{item}: expected "folder:image set"' for item in (*fewshot.VOC_TRAIN, *fewshot.VOC_TEST) if ":" not in item
     ]

@@ -13,9 +13,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.data.seeds import write_coco_shots
+from fsdet.engine.record import result_digest, resume_digest
 from fsdet.engine.run import run
 from fsdet.engine.setup import load_config, on_this_machine
-from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.engine.sweep import Sweep, make_plan, run_sweep
 from fsdet.engine.trainer import build_detector, make_optimizer
 from fsdet.evaluation.result import read_result
 
@@ -296,3 +297,42 @@ def test_detector_without_relation_heads_is_refused(stages, config, tmp_path):
         run(direct, ["FEWSHOT.SHOT", "1", "MODEL.WEIGHTS", str(weights)], quiet=True)
     heads_alone = ["FEWSHOT.RESET_PREDICTOR", "True", "FEWSHOT.METHOD", "untrained"]
     assert run(direct, ["FEWSHOT.SHOT", "1", "MODEL.WEIGHTS", str(weights), *heads_alone], quiet=True)["AP50"] >= 0
+
+
+def test_start_weights_that_have_seen_the_novel_classes_are_refused(stages, pairs, tmp_path):
+    """The base run of another class split: its detector has no predictor of classes that could tell."""
+    base, direct, _ = stages
+    run(base, quiet=True)
+    _forget(base)
+    with pytest.raises(ValueError, match=r"trained with labels of \['red'\], which are novel classes here"):
+        run(direct, ["FEWSHOT.SHOT", "1", "FEWSHOT.NOVEL_CLASSES", "('red',)"], quiet=True)
+
+
+def test_base_stage_is_not_evaluated_with_random_heads(config, calm_weights):
+    path = config("base.yaml")
+    weights = calm_weights(path)[1]
+    state = torch.load(weights, weights_only=True)["model"]
+    torch.save({"model": {k: v for k, v in state.items() if "box_predictor" not in k}}, weights)
+    with pytest.raises(ValueError, match="fills the model only in part"):
+        run(path, ["MODEL.WEIGHTS", weights], eval_only=True, quiet=True)
+
+
+def test_calibration_of_the_untrained_takes_the_base_weights(stages):
+    base, direct, tuned = stages
+    plan = make_plan(Sweep(base, (direct, tuned), (1,), (0,), calibration="both"))
+    weights = {
+        p.folder.split("/")[-5]: p.opts[p.opts.index("MODEL.WEIGHTS") + 1] for p in plan if p.kind == "evaluation"
+    }
+    assert weights["fewx_direct"].endswith("fewx/squares/base/model_final.pth")
+    assert weights["fewx_ft"].endswith("fewx_ft/squares/gfsod/1shot_seed0/model_final.pth")
+
+
+def test_memory_bounds_and_places_are_no_part_of_the_recipe(config):
+    path = config("base.yaml")
+    plain = load_config(path)
+    for opts in (["FEWX.ROWS_AT_ONCE", "7"], ["INPUT.FS.CACHE_MIB", "1"]):
+        other = load_config(path, opts)
+        assert result_digest(other) == result_digest(plain) and resume_digest(other) == resume_digest(plain)
+    assert result_digest(load_config(path, ["FEWX.SHARED_PROPOSALS", "9"])) != result_digest(plain)
+    given = load_config(config("init.yaml", FEWX={"INIT": "a.pth"}), ["MODEL.WEIGHTS", "b.pth"])
+    assert (given.MODEL.WEIGHTS, given.FEWX.INIT) == ("b.pth", "")

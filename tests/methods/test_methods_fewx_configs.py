@@ -55,9 +55,12 @@ def test_recipe_of_the_release():
     assert novel.INPUT.FS.SUPPORT_SHOT == 9 and novel.FEWSHOT.SETTING == "fsod"
 
 
-@pytest.mark.parametrize("model", ["r101_c4", "r50_c4", "r50_c4_pool7"])
+@pytest.mark.parametrize("model", ["r101_c4", "r50_c4"])
 def test_other_networks_keep_the_heads(model):
     cfg = load_config(str(FOLDER / "voc_base.yaml"), model=model)
     assert cfg.MODEL.META_ARCHITECTURE == "FewXRCNN" and cfg.MODEL.ROI_HEADS.NAME == "RelationRes5ROIHeads"
+    assert cfg.MODEL.RPN.POST_NMS_TOPK_TEST == 100
+    with pytest.raises(ValueError, match="POOLER_RESOLUTION is 7"):
+        load_config(str(FOLDER / "voc_base.yaml"), model="r50_c4_pool7")
     with pytest.raises(ValueError, match="a C4 network"):
         load_config(str(FOLDER / "voc_base.yaml"), model="r50_fpn")

@@ -21,10 +21,13 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from fsdet.methods.fewx import detector, roi_heads, rpn  # noqa: F401 (they register themselves)
+from fsdet.methods.fewx.relation import MIN_CELLS
 
 # (official prefix, name here) of parameters whose names differ: none. Old files also hold the cells of the anchors and
 # the pixel statistics, which the conversion drops.
 RENAMES = ()
+
+MIN_RESOLUTION = 2 * MIN_CELLS - 1  # pooled cells a side, of which res5 reads every second one
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -61,6 +64,12 @@ def complete_config(cfg: CfgNode) -> None:
         raise ValueError(
             f"FEWX.ENABLED is True, but MODEL.ROI_HEADS.NAME is {model.ROI_HEADS.NAME}: FewX runs res5 per region. "
             "Take a C4 network, e.g. --model r50_c4"
+        )
+    resolution = model.ROI_BOX_HEAD.POOLER_RESOLUTION
+    if resolution < MIN_RESOLUTION:
+        raise ValueError(
+            f"FEWX.ENABLED is True, but MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION is {resolution}: the patch "
+            f"relation head needs {MIN_RESOLUTION} or more (the release: 14)"
         )
     model.META_ARCHITECTURE = "FewXRCNN"
     model.PROPOSAL_GENERATOR.NAME = "AttentionRPN"

@@ -92,8 +92,8 @@ def image_losses(
 class PlateauWatch:
     """Warns once when the classification loss stays where a head that predicts a constant has it.
 
-    With the ratio 1:2:1 that is 0.562, the entropy of a quarter of matches. A head that has fallen there does not come
-    back by itself (the release with an unfit learning rate).
+    With the ratio 1:2:1 that is 0.562, the entropy of a quarter of matches. A healthy run leaves it about when the
+    warm-up ends; one with an unfit learning rate stays.
     """
 
     def __init__(self, *, after: int = 500, window: int = 200, margin: float = 0.01) -> None:
@@ -122,7 +122,7 @@ class PlateauWatch:
             self._has_warned = True
             logger.warning(
                 "loss_cls was %.3f over the last %d steps: the relation heads predict a constant (%.3f) and have "
-                "learned nothing in %d steps. Stop and start again with a lower SOLVER.BASE_LR or a longer "
+                "learned nothing in %d steps. If it stays there, start again with a lower SOLVER.BASE_LR or a longer "
                 "SOLVER.WARMUP_ITERS, and check MODEL.WEIGHTS.",
                 mean,
                 self.window,

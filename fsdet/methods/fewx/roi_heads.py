@@ -54,6 +54,7 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
         nms_thresh: float,
         detections_per_image: int,
         legacy_boundary: bool = False,
+        plateau_after: int = 500,
         **kwargs: Any,
     ) -> None:
         """Make the heads; usually from a configuration.
@@ -65,6 +66,7 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
             nms_thresh: IoU from which on detections of one class exclude each other.
             detections_per_image: over all classes.
             legacy_boundary: see `contrastive.select_rows`.
+            plateau_after: training steps before a constant `loss_cls` is warned of.
             kwargs: of FewShotRes5ROIHeads.
         """
         super().__init__(**kwargs)
@@ -72,7 +74,7 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
         self.box2box_transform = box2box_transform
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_image, self.legacy_boundary = detections_per_image, legacy_boundary
-        self.plateau = PlateauWatch()
+        self.plateau = PlateauWatch(after=plateau_after)
         self._folded = Derived(FoldedStage)
 
     @classmethod
@@ -105,6 +107,8 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
             "nms_thresh": heads.NMS_THRESH_TEST,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "legacy_boundary": cfg.FEWX.LEGACY_BOUNDARY,
+            # The release's recipe leaves the plateau about when its warm-up ends.
+            "plateau_after": max(500, 2 * cfg.SOLVER.WARMUP_ITERS) * cfg.SOLVER.ACCUMULATION_STEPS,
         }
 
     def train(self, mode: bool = True) -> RelationRes5ROIHeads:
