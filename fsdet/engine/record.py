@@ -32,6 +32,7 @@ from fsdet.evaluation.result import (
     split_metrics,
     write_result,
 )
+from fsdet.methods import idle_method_keys
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +187,10 @@ _LATER = (
 )  # fmt: skip
 
 
-# Where start weights lie (the result says what they were), and what bounds the memory at the same result.
-_PLACES = ["FEWX.INIT", "FEWX.ROWS_AT_ONCE"]
-
-
 def _switched_off(cfg: CfgNode) -> list[str]:
     """Keys of switches that are off, calibration with all that belongs to it."""
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
-    keys += _PLACES if cfg.FEWX.ENABLED else ["FEWX"]
+    keys += idle_method_keys(cfg)
     keys += ["INPUT.FS.CACHE_MIB"] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
     keys += [] if cfg.SOLVER.HEAD_LR_FACTOR != 1 else ["SOLVER.HEAD_LR_FACTOR"]
     return keys + [key for key in _LATER if not reduce(getitem, key.split("."), cfg)]

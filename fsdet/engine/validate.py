@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
+from fsdet.methods import method_faults
+
 _CHOICES = {
     "FEWSHOT.LAYOUT": ("voc", "coco", "custom"),
     "FEWSHOT.STAGE": ("base", "novel"),
@@ -129,23 +131,13 @@ def _speed_faults(cfg: CfgNode) -> list[str]:
 
 
 def _episode_faults(cfg: CfgNode) -> list[str]:
-    """Faults of what a query image meets, and of the heads that compare it."""
-    episode, relations = cfg.INPUT.FS, cfg.FEWX.RELATIONS
-    faults = [
+    """Faults of what a query image meets."""
+    episode = cfg.INPUT.FS
+    return [
         f"INPUT.FS.{key} is {episode[key]}; it must be at least {least}"
         for key, least in (("SUPPORT_SHOT", 1), ("CROP_SIZE", 32), ("CACHE_MIB", 0))
         if episode[key] < least
     ]
-    if episode.SUPPORT_WAY != 2:
-        faults.append(
-            f"INPUT.FS.SUPPORT_WAY is {episode.SUPPORT_WAY}; two-way contrastive training takes the query's class and "
-            "one other: 2"
-        )
-    if not relations or set(relations) - {"global", "local", "patch"}:
-        faults.append(f'FEWX.RELATIONS is {tuple(relations)}; expected some of "global", "local", "patch"')
-    if cfg.FEWX.TEST_SHOTS < 1 or cfg.FEWX.ROWS_AT_ONCE < 1 or cfg.FEWX.SHARED_PROPOSALS < 0:
-        faults.append("FEWX.TEST_SHOTS and ROWS_AT_ONCE must be at least 1, SHARED_PROPOSALS at least 0 (off)")
-    return faults
 
 
 def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
@@ -155,6 +147,6 @@ def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """
     faults = _protocol_faults(cfg)
     if not only_protocol:
-        faults += _solver_faults(cfg) + _speed_faults(cfg) + _episode_faults(cfg)
+        faults += _solver_faults(cfg) + _speed_faults(cfg) + _episode_faults(cfg) + method_faults(cfg)
     if faults:
         raise ValueError("The configuration cannot run:\n  " + "\n  ".join(faults))

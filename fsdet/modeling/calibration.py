@@ -25,7 +25,8 @@ from torch.nn.functional import normalize
 
 from fsdet.data.support import Support, SupportSet, read_picture, read_support
 from fsdet.modeling.base import RecallableMemory, SupportConditioned
-from fsdet.modeling.class_memory import ClassEntry, ClassMemory, SupportDigest, digest_supports, support_keys
+from fsdet.modeling.class_memory import ClassEntry, ClassMemory
+from fsdet.modeling.digested_shots import DigestedShots, digest_shots, stale_classes
 from fsdet.modeling.imagenet import NETWORKS, ImageEncoder
 from fsdet.modeling.support_boxes import LegacyBoxes, exact_boxes
 
@@ -34,16 +35,6 @@ logger = logging.getLogger(__name__)
 KIND = "prototypes"
 _KEY = "prototype"  # the tensor of each class
 _CHOICES = ("novel", "all")
-
-
-# Class name -> its supports and their digests.
-DigestedShots = dict[str, tuple[tuple[Support, ...], tuple[SupportDigest, ...]]]
-
-
-def _stale(memory: ClassMemory, shots: DigestedShots) -> list[str]:
-    """Classes that `memory` lacks or has made of other pictures or boxes; where files lie does not count."""
-    made_of = {name: support_keys(memory[name].supports) for name in memory.names}
-    return [name for name, (_, digests) in shots.items() if made_of.get(name) != support_keys(digests)]
 
 
 class CalibratedDetector(RecallableMemory, nn.Module):
@@ -118,7 +109,7 @@ class CalibratedDetector(RecallableMemory, nn.Module):
             self.detector.keep_class_memory(self.detector.encode_support(support_set))
         shots = self._digested_shots(support_set)
         former = self._class_memory
-        stale = _stale(former, shots) if former is not None else [*shots]
+        stale = stale_classes(former, shots)
         kept = {name: former[name] for name in shots if name not in stale}
         wanted = [support for name, (supports, _) in shots.items() if name not in kept for support in supports]
         _, features = self.support_features(wanted)
@@ -141,8 +132,7 @@ class CalibratedDetector(RecallableMemory, nn.Module):
                 f"{ {name: len(supports) for name, supports in known.items()} }. Check the K-shot lists: crowd boxes "
                 "do not count"
             )
-        digests = iter(digest_supports([support for name in self.calibrated for support in known[name]]))
-        return {name: (known[name], tuple(next(digests) for _ in known[name])) for name in self.calibrated}
+        return digest_shots({name: known[name] for name in self.calibrated})
 
     @torch.no_grad()
     def support_features(self, supports: Sequence[Support]) -> tuple[Tensor, Tensor]:
@@ -173,7 +163,7 @@ class CalibratedDetector(RecallableMemory, nn.Module):
 
     def stale_classes(self, memory: ClassMemory, support_set: SupportSet) -> list[str]:
         """Calibrated classes whose entry in `memory` was made of other pictures or boxes than these."""
-        return _stale(memory, self._digested_shots(support_set))
+        return stale_classes(memory, self._digested_shots(support_set))
 
     def keep_class_memory(self, memory: ClassMemory | None) -> None:
         """Take prototypes for the evaluations to come (None forgets them).

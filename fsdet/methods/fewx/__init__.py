@@ -22,6 +22,9 @@ from detectron2.config import CfgNode
 
 from fsdet.methods.fewx import detector, roi_heads, rpn  # noqa: F401 (they register themselves)
 from fsdet.methods.fewx.relation import MIN_CELLS
+from fsdet.methods.fewx.settings import setting_faults
+
+__all__ = ["RENAMES", "add_config", "complete_config", "idle_keys", "setting_faults"]
 
 # (official prefix, name here) of parameters whose names differ: none. Old files also hold the cells of the anchors and
 # the pixel statistics, which the conversion drops.
@@ -74,3 +77,8 @@ def complete_config(cfg: CfgNode) -> None:
     model.META_ARCHITECTURE = "FewXRCNN"
     model.PROPOSAL_GENERATOR.NAME = "AttentionRPN"
     model.ROI_HEADS.NAME = "RelationRes5ROIHeads"
+
+
+def idle_keys(cfg: CfgNode) -> list[str]:
+    """Keys that change no result: all of them where FewX is off; else where start weights lie, and a memory bound."""
+    return ["FEWX.INIT", "FEWX.ROWS_AT_ONCE"] if cfg.FEWX.ENABLED else ["FEWX"]

@@ -24,9 +24,11 @@ from fsdet.data.support import SupportSet
 from fsdet.methods.fewx.derived import Derived, weights_key
 from fsdet.methods.fewx.inference import FEATURE, KERNEL, Classes, PairScorer, prepare_classes
 from fsdet.methods.fewx.rpn import attention_kernels
-from fsdet.methods.fewx.supports import cut_crops, draw_supports, stale_classes
+from fsdet.methods.fewx.settings import range_faults
+from fsdet.methods.fewx.supports import cut_crops, draw_supports
 from fsdet.modeling.base import RecallableMemory
 from fsdet.modeling.class_memory import ClassEntry, ClassMemory, module_digest
+from fsdet.modeling.digested_shots import stale_classes
 
 logger = logging.getLogger(__name__)
 
@@ -262,13 +264,7 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
 
 def _check_settings(cfg: CfgNode) -> None:
     """Raise ValueError with one line per fault for settings that cannot be used together."""
-    faults = [
-        f"FEWX.{key} is {cfg.FEWX[key]}; expected {least} or more"
-        for key, least in (("TEST_SHOTS", 1), ("ROWS_AT_ONCE", 1), ("SHARED_PROPOSALS", 0))
-        if cfg.FEWX[key] < least
-    ]
-    if cfg.INPUT.FS.SUPPORT_WAY != 2:
-        faults.append(f"INPUT.FS.SUPPORT_WAY is {cfg.INPUT.FS.SUPPORT_WAY}; two-way contrastive training needs 2")
+    faults = range_faults(cfg)
     for component, expected in (("PROPOSAL_GENERATOR", "AttentionRPN"), ("ROI_HEADS", "RelationRes5ROIHeads")):
         if expected != cfg.MODEL[component].NAME:
             faults.append(f"MODEL.{component}.NAME is {cfg.MODEL[component].NAME}; expected {expected}")

@@ -1,4 +1,4 @@
-"""The supports of a FewX class at test time: which of them, from which crops, and whether a kept memory has them."""
+"""The supports of a FewX class at test time: which of them, and from which crops."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from fsdet.data.support import Support, SupportSet, fewx_support_crop, seeded_generator
-from fsdet.modeling.class_memory import ClassMemory, SupportDigest, digest_supports, support_keys
-
-# Class name -> its supports and their digests.
-DigestedShots = dict[str, tuple[tuple[Support, ...], tuple[SupportDigest, ...]]]
+from fsdet.modeling.digested_shots import DigestedShots, digest_shots
 
 
 def draw_supports(support_set: SupportSet, limit: int, seed: int) -> DigestedShots:
@@ -28,9 +25,7 @@ def draw_supports(support_set: SupportSet, limit: int, seed: int) -> DigestedSho
             f"No support for the classes {empty}, so nothing tells what they look like. Add examples of them (crowd "
             "boxes do not count), or leave them out of the support set"
         )
-    chosen = {name: _draw(shots, limit, seed, name) for name, shots in support_set}
-    digests = iter(digest_supports([support for shots in chosen.values() for support in shots]))
-    return {name: (shots, tuple(next(digests) for _ in shots)) for name, shots in chosen.items()}
+    return digest_shots({name: _draw(shots, limit, seed, name) for name, shots in support_set})
 
 
 def _draw(shots: Sequence[Support], limit: int, seed: int, name: str) -> tuple[Support, ...]:
@@ -38,12 +33,6 @@ def _draw(shots: Sequence[Support], limit: int, seed: int, name: str) -> tuple[S
         return tuple(shots)
     places = seeded_generator(seed, 0, name).permutation(len(shots))[:limit]
     return tuple(shots[place] for place in sorted(places))
-
-
-def stale_classes(memory: ClassMemory | None, shots: DigestedShots) -> list[str]:
-    """Classes that `memory` lacks or has made of other pictures or boxes; where files lie does not count."""
-    made_of = {} if memory is None else {name: support_keys(memory[name].supports) for name in memory}
-    return [name for name, (_, digests) in shots.items() if made_of.get(name) != support_keys(digests)]
 
 
 def cut_crops(
