@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.structures import BoxMode
-
 from fsdet.data.crops import has_area_inside
-from fsdet.data.records import SHOWN, Record
+from fsdet.data.records import SHOWN, Record, xyxy
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +33,6 @@ class Query:
     class_id: int
     shown: tuple[int, ...]
     annotation_id: int | str | None
-
-
-def xyxy(annotation: Record) -> tuple[float, float, float, float]:
-    """Box of an annotation, (x0, y0, x1, y1) in pixels of the picture file."""
-    return tuple(BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS))
 
 
 def mark_empty_boxes(records: Sequence[Record], name: str) -> list[Record]:

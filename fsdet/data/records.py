@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.structures import BoxMode
 
 from fsdet.data.seeds import choose_instances, parse_shot_name
 
@@ -57,6 +58,11 @@ def require_shot_list(path: Path, shot: int, class_name: str, prepare: str) -> N
     there = sorted(k for k, name in filter(None, named) if name == class_name)
     what = f'{shot}-shot list of "{class_name}" (lists there: {", ".join(map(str, there)) or "no"} shot)'
     raise missing_file(path, what, prepare, "FEWSHOT.SAMPLES")
+
+
+def xyxy(annotation: Record) -> tuple[float, float, float, float]:
+    """Box of an annotation, (x0, y0, x1, y1) in pixels of the picture file."""
+    return tuple(BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS))
 
 
 def box_fault(box: Sequence[float], height: float, width: float) -> str | None:

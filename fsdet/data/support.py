@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
 
 from fsdet.data.crops import (
     CLASS_IMAGE_SIZE,
@@ -32,6 +31,7 @@ from fsdet.data.crops import (
     tight_crop,
     whole_image,
 )
+from fsdet.data.records import xyxy
 
 __all__ = [
     "CLASS_IMAGE_SIZE", "CONTEXT", "CROP_POLICIES", "CROP_SIZE", "CropPolicy", "Support", "SupportCrop", "SupportSet",
@@ -145,7 +145,7 @@ class SupportSet:
                 record["image_id"],
                 annotation.get("id"),
                 annotation["category_id"],
-                tuple(BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)),
+                xyxy(annotation),
             )
             for record in records
             for annotation in record.get("annotations", ())
