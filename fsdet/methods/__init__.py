@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from fsdet.methods import defrcn, fewx, tfa
+from fsdet.methods import defrcn, fewx, os2d, tfa
 
-METHODS = (defrcn, fewx, tfa)
+METHODS = (defrcn, fewx, os2d, tfa)
 
 
 def add_method_configs(cfg: CfgNode) -> None:

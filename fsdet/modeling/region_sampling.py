@@ -107,11 +107,12 @@ def apply_thinning(model: nn.Module, cfg: CfgNode) -> None:
     Call it once, after `build_model`. It wraps methods of the instances, so that every class of RPN, heads and box
     predictor will do.
     """
-    heads, rpn = model.roi_heads, model.proposal_generator
     if kept := cfg.MODEL.ROI_HEADS.BACKGROUND_KEPT:
+        heads = model.roi_heads
         heads.label_and_sample_proposals = partial(
             _thinned_sample, heads.label_and_sample_proposals, heads.num_classes, kept
         )
         heads.box_predictor.losses = partial(_region_losses, heads.box_predictor.losses)
     if kept := cfg.MODEL.RPN.NEGATIVES_KEPT:
+        rpn = model.proposal_generator
         rpn.losses = partial(_anchor_losses, rpn.losses, kept)

@@ -12,9 +12,9 @@ from test_methods_fewx_model import close, episode, golden_model, losses_of, que
 
 from fsdet.data.support import Support, SupportSet, fewx_support_crop
 from fsdet.methods.fewx import inference
-from fsdet.methods.fewx.supports import draw_supports
 from fsdet.modeling.base import RecallableMemory, condition_on_support
 from fsdet.modeling.class_memory import ClassEntry, ClassMemory
+from fsdet.modeling.digested_shots import draw_shots
 
 NAMES = ("ant", "bee", "cow")
 CROP = ("INPUT.FS.CROP_SIZE", 96)
@@ -136,7 +136,7 @@ class TestEncoding:
         support_set = SupportSet(("ant", "bee"), supports)
 
         def chosen(limit, seed):
-            drawn = draw_supports(support_set, limit, seed)
+            drawn = draw_shots(support_set, limit, seed)
             return {name: [support.image_id for support in own] for name, (own, _) in drawn.items()}
 
         assert chosen(6, 0) == chosen(30, 1) == {"ant": [0, 1, 2, 3, 4, 5], "bee": [0, 1, 2, 3, 4, 5]}

@@ -11,10 +11,10 @@ from detectron2.structures import Boxes
 from test_methods_fewx_model import build, configure
 
 from fsdet.methods.fewx import filtering, rpn
-from fsdet.methods.fewx.derived import Derived, weights_key
 from fsdet.methods.fewx.filtering import FilteredConv, FilteredConv2d
 from fsdet.methods.fewx.folded import FoldedStage, Projections, pointwise
 from fsdet.methods.fewx.roi_heads import RelationRes5ROIHeads
+from fsdet.modeling.derived import Derived, weights_key
 
 
 def same(actual, expected, share=5e-6):

@@ -5,7 +5,7 @@ arXiv 1908.01998. Official code: https://github.com/fanq15/FewX (MIT).
 
 Parts: `detector.py` (training, class memory), `inference.py`, `rpn.py`, `roi_heads.py`, `relation.py` (the three
 relation heads), `contrastive.py` (pairs in the ratio 1:2:1, losses), `supports.py` (supports at test time). Exact
-savings at inference on a CPU: `filtering.py`, `folded.py`, `derived.py`. Parameters have the release's names.
+savings at inference on a CPU: `filtering.py`, `folded.py`. Parameters have the release's names.
 
 Departures from the release: positive and negative pass are separated where they meet, not at half of all rows
 (LEGACY_BOUNDARY); an image without object is all background; the box of a very thin support is widened to a pixel; more

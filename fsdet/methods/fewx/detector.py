@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from fsdet.data.mapper import IGNORE_CLASS
 from fsdet.data.support import SupportSet
-from fsdet.methods.fewx.derived import Derived, weights_key
 from fsdet.methods.fewx.inference import FEATURE, KERNEL, Classes, PairScorer, prepare_classes
 from fsdet.methods.fewx.rpn import attention_kernels
 from fsdet.methods.fewx.settings import range_faults
-from fsdet.methods.fewx.supports import cut_crops, draw_supports
+from fsdet.methods.fewx.supports import cut_crops
 from fsdet.modeling.base import RecallableMemory
 from fsdet.modeling.class_memory import ClassEntry, ClassMemory, module_digest
-from fsdet.modeling.digested_shots import stale_classes
+from fsdet.modeling.derived import Derived, weights_key
+from fsdet.modeling.digested_shots import draw_shots, stale_classes
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
         Raises: ValueError for classes without support, and for a box that leaves nothing of its picture;
             FileNotFoundError for a missing picture.
         """
-        shots = draw_supports(support_set, self.test_shots, self.seed)
+        shots = draw_shots(support_set, self.test_shots, self.seed)
         memory = ClassMemory(kind=KIND, encoder=self.memory_encoder)
         former = self._class_memory
         if former is not None and former.encoder != memory.encoder:
@@ -168,7 +168,7 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
 
     def stale_classes(self, memory: ClassMemory, support_set: SupportSet) -> list[str]:
         """Classes of a support set whose entry in `memory` is missing or made of other pictures or boxes."""
-        return stale_classes(memory, draw_supports(support_set, self.test_shots, self.seed))
+        return stale_classes(memory, draw_shots(support_set, self.test_shots, self.seed))
 
     def keep_class_memory(self, memory: ClassMemory | None) -> None:
         """Take the classes for the inferences to come (None forgets them).

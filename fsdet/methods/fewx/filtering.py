@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from fsdet.methods.fewx.derived import Derived, is_cpu_inference
+from fsdet.modeling.derived import Derived, is_cpu_inference
 
 TILE = 4  # outputs of a tile a side
 WHOLE = 9  # output cells a side up to which a map is transformed as a whole

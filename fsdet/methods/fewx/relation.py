@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsdet.methods.fewx.derived import is_cpu_inference
 from fsdet.methods.fewx.filtering import FilteredConv2d
 from fsdet.methods.fewx.folded import pointwise
+from fsdet.modeling.derived import is_cpu_inference
 
 RELATIONS = ("global", "local", "patch")
 MATCH, BACKGROUND = 0, 1  # columns of the logits

@@ -19,9 +19,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from fsdet.methods.fewx.contrastive import PlateauWatch, image_losses
-from fsdet.methods.fewx.derived import Derived, is_cpu_inference
 from fsdet.methods.fewx.folded import FoldedStage, Projections
 from fsdet.methods.fewx.relation import BACKGROUND, MATCH, MultiRelationHead, RegionParts, SupportParts
+from fsdet.modeling.derived import Derived, is_cpu_inference
 from fsdet.modeling.roi_heads import FewShotRes5ROIHeads, SinglePrecisionPooler
 
 MIN_SUPPORT_SIDE = 1.0  # px; the crop of a very thin object can end with a box without width

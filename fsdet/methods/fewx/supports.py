@@ -1,4 +1,4 @@
-"""The supports of a FewX class at test time: which of them, and from which crops."""
+"""The crops of a FewX class's supports at test time."""
 
 from __future__ import annotations
 
@@ -9,30 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fsdet.data.support import Support, SupportSet, fewx_support_crop, seeded_generator
-from fsdet.modeling.digested_shots import DigestedShots, digest_shots
-
-
-def draw_supports(support_set: SupportSet, limit: int, seed: int) -> DigestedShots:
-    """At most `limit` supports of every class, and their digests.
-
-    Which ones of a class with more is drawn with (seed, class name); their order stays.
-
-    Raises: ValueError naming the classes without any support; FileNotFoundError for a missing picture.
-    """
-    if empty := [name for name, shots in support_set if not shots]:
-        raise ValueError(
-            f"No support for the classes {empty}, so nothing tells what they look like. Add examples of them (crowd "
-            "boxes do not count), or leave them out of the support set"
-        )
-    return digest_shots({name: _draw(shots, limit, seed, name) for name, shots in support_set})
-
-
-def _draw(shots: Sequence[Support], limit: int, seed: int, name: str) -> tuple[Support, ...]:
-    if len(shots) <= limit:
-        return tuple(shots)
-    places = seeded_generator(seed, 0, name).permutation(len(shots))[:limit]
-    return tuple(shots[place] for place in sorted(places))
+from fsdet.data.support import Support, SupportSet, fewx_support_crop
 
 
 def cut_crops(
