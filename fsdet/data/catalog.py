@@ -1,6 +1,7 @@
 """DatasetSpec -> dataset dicts: registers in Detectron2's catalogs exactly what a configuration names.
 
-Importing this module registers nothing, and registering reads no annotation (of own data only the list of classes).
+Importing this module registers nothing, and registering reads no annotation (of own data only the list of classes, of
+one-shot sets the file that says which classes are base and novel).
 
 Source: data set names and record rules of TFA (Wang et al., ICML 2020) and DeFRCN (Qiao et al., ICCV 2021). Their
 loaders parse a registered name; here the name is only a label, and everything comes from the spec.
@@ -17,7 +18,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fsdet.data import coco, custom, voc
+from fsdet.data import coco, custom, oneshot, oneshot_supports, voc
 from fsdet.data.records import LoadReport, Record, missing_file
 from fsdet.data.seeds import check_manifest, coco_shot_path, voc_shot_path
 from fsdet.data.spec import DatasetSources, DatasetSpec, class_file
@@ -25,27 +26,31 @@ from fsdet.data.splits import ClassSplit, coco_split, voc_split
 
 __all__ = [
     "DatasetSources", "DatasetSpec", "check_sources", "class_names", "class_split", "image_finder", "json_file",
-    "load_records", "new_report", "register", "sample_files",
+    "load_records", "load_supports", "new_report", "register", "sample_files",
 ]  # fmt: skip
 
-PREPARE = {"voc": voc.PREPARE, "coco": coco.PREPARE, "custom": custom.PREPARE}
+PREPARE = {"voc": voc.PREPARE, "coco": coco.PREPARE, "custom": custom.PREPARE, "oneshot": oneshot.PREPARE}
 
 
 def class_split(spec: DatasetSpec, sources: DatasetSources) -> ClassSplit:
-    """Base, novel and all classes of a spec; for own data read from the json's categories."""
+    """Base, novel and all classes of a spec; read from the json's categories (own data) or boxes (one-shot sets)."""
     if spec.benchmark == "voc":
         return voc_split(spec.split)
     if spec.benchmark == "coco":
         return coco_split()
+    if spec.benchmark == "oneshot":
+        return oneshot.oneshot_split(sources)
     return custom.custom_split(class_file(sources), sources.novel_classes)
 
 
 def class_names(spec: DatasetSpec, sources: DatasetSources) -> tuple[str, ...]:
     """Names of the classes kept; the place in the tuple is the class id.
 
-    Raises: ValueError when own data has no class of the wanted subset.
+    Raises: ValueError when own data or a one-shot set has no class of the wanted subset.
     """
     names = class_split(spec, sources).of(spec.subset)
+    if not names and spec.benchmark == "oneshot":
+        raise oneshot.no_classes(spec.subset, sources)
     if not names:
         raise ValueError(
             f"{class_file(sources)}: no {spec.subset} class is left with the novel classes "
@@ -55,16 +60,24 @@ def class_names(spec: DatasetSpec, sources: DatasetSources) -> tuple[str, ...]:
 
 
 def sample_files(spec: DatasetSpec, sources: DatasetSources) -> list[Path]:
-    """The K-shot files that a spec reads, one a class in class order; empty for full sets."""
+    """The K-shot files that a spec reads, in class order; empty for full sets.
+
+    One a class, but for one-shot sets, where they are the K pictures of each class.
+    """
     if not spec.shot:
         return []
+    if spec.benchmark == "oneshot":
+        chosen = oneshot_supports.class_images(spec, sources, class_names(spec, sources))
+        return [path for pictures in chosen.values() for path in pictures]
     path_of = voc_shot_path if spec.benchmark == "voc" else coco_shot_path
     folder = sources.samples_of(spec.benchmark)
     return [path_of(folder, spec.seed, spec.shot, name) for name in class_names(spec, sources)]
 
 
 def json_file(spec: DatasetSpec, sources: DatasetSources) -> Path:
-    """Annotation file of the full set of a COCO-format spec; it need not exist."""
+    """Annotation file of the full set of a COCO-format or one-shot spec; it need not exist."""
+    if spec.benchmark == "oneshot":
+        return oneshot.annotation_path(spec.part, sources)
     given = sources.json_of(spec.part)
     if spec.benchmark == "custom" and given is None:
         raise ValueError(f"Own data needs FEWSHOT.{spec.part.upper()}_JSON, a COCO-format json")
@@ -87,6 +100,8 @@ def new_report(spec: DatasetSpec) -> LoadReport:
     """Empty report with the policy for bad boxes that a spec needs."""
     if spec.benchmark == "custom":
         return LoadReport("fatal", "Correct or remove these annotations in the file.")
+    if spec.benchmark == "oneshot":
+        return LoadReport("fatal", oneshot.REMEDY)
     if spec.shot:
         remedy = (
             f"Correct these annotations, or draw the samples again with `python datasets/{PREPARE[spec.benchmark]}`."
@@ -102,15 +117,31 @@ def load_records(spec: DatasetSpec, sources: DatasetSources, report: LoadReport 
         spec: which data.
         sources: where it is.
         report: filled with counted warnings when given.
-    Returns: Detectron2 dataset dicts. Beside Detectron2's keys, annotations carry "id", VOC ones "difficult", COCO ones
-        "area" where the file has it, and records "ignore_regions" (XYXY boxes) under the leak policy "ignore".
+    Returns: Detectron2 dataset dicts. Beside Detectron2's keys, annotations carry "id", VOC and one-shot ones
+        "difficult", COCO ones "area" where the file has it, and records "ignore_regions" (XYXY boxes) under the leak
+        policy "ignore".
     Raises: FileNotFoundError for missing files; ValueError for unknown classes, broken files and, in K-shot samples and
         own data, boxes without area or outside their image.
     """
     report = new_report(spec) if report is None else report
-    records = _load_voc(spec, sources, report) if spec.benchmark == "voc" else _load_coco(spec, sources, report)
+    load = {"voc": _load_voc, "oneshot": _load_oneshot}.get(spec.benchmark, _load_coco)
+    records = load(spec, sources, report)
     report.finish(spec.name)
     return _listed(records, sources.test_list) if spec.part == "test" and sources.test_list else records
+
+
+def load_supports(spec: DatasetSpec, sources: DatasetSources, report: LoadReport | None = None) -> list[Record]:
+    """Read the dataset dicts whose annotations are the supports of a spec's classes.
+
+    Those are its K-shot records (or full set). One-shot sets have pictures of their classes, also where the training
+    set is a full one: then all of them.
+
+    Returns, Raises: as `load_records`.
+    """
+    if spec.benchmark != "oneshot" or spec.shot:
+        return load_records(spec, sources, report)
+    report = new_report(spec) if report is None else report
+    return oneshot_supports.support_records(spec, sources, class_names(spec, sources), report)
 
 
 def _listed(records: list[Record], path: Path) -> list[Record]:
@@ -160,6 +191,11 @@ def _load_voc(spec: DatasetSpec, sources: DatasetSources, report: LoadReport) ->
         difficult=spec.difficult,
         strict=_is_strict(spec, sources),
     )
+
+
+def _load_oneshot(spec: DatasetSpec, sources: DatasetSources, report: LoadReport) -> list[Record]:
+    read = oneshot_supports.support_records if spec.shot else oneshot.scene_records
+    return read(spec, sources, class_names(spec, sources), report)
 
 
 def _load_coco(spec: DatasetSpec, sources: DatasetSources, report: LoadReport) -> list[Record]:
@@ -253,6 +289,8 @@ def _describe(spec: DatasetSpec, sources: DatasetSources) -> dict[str, Any]:
         folder, image_set = sources.voc_sets(spec.part)[0]
         year = 2012 if folder.name == "VOC2012" else 2007
         return {**described, "dirname": str(folder), "split": image_set, "year": year}
+    if spec.benchmark == "oneshot":
+        return {**described, "image_root": str(oneshot.scene_folder(spec.part, sources))}
     places = {name: place for place, name in enumerate(names)}
     finder = image_finder(spec, sources)
     ids = coco.COCO_CLASSES if spec.benchmark == "coco" else custom.read_categories(class_file(sources))
@@ -271,7 +309,8 @@ def check_sources(spec: DatasetSpec, sources: DatasetSources) -> None:
     """Find missing and faulty files before training starts, without parsing large annotation files.
 
     Folders and annotation files must exist; K-shot samples, which are small, are read completely, and the pictures they
-    name must exist. Of full sets the first picture must.
+    name must exist. Of full sets the first picture must. One-shot sets are read completely: every scene must exist, and
+    every picture of a class be readable.
 
     Raises: FileNotFoundError naming path, environment variable and script; ValueError for unknown classes, bad boxes in
         samples, and lists with too few instances.
@@ -281,10 +320,15 @@ def check_sources(spec: DatasetSpec, sources: DatasetSources) -> None:
         _listed([], sources.test_list)
     if not sources.root.is_dir():
         raise missing_file(sources.root, "Data set folder", prepare)
-    class_names(spec, sources)
+    names = class_names(spec, sources)
+    report = new_report(spec)
+    report.quiet = True  # training reads the same again and says what it found
+    if spec.benchmark == "oneshot":
+        oneshot_supports.check_class_images(spec, sources, names)
+        if not spec.shot:
+            oneshot.check_scenes(spec, sources, names, report)
+        return
     if spec.shot:
-        report = new_report(spec)
-        report.quiet = True  # training reads the same lists again and says what it found
         # "official" would consume NumPy's global generator.
         records = load_records(replace(spec, choice="seeded"), sources, report)
         pictures = [Path(record["file_name"]) for record in records]

@@ -146,14 +146,19 @@ def area_size(height: int, width: int, target: int = CLASS_IMAGE_SIZE) -> tuple[
 
 
 def tight_crop(
-    image: np.ndarray, box: Sequence[float], target: int = CLASS_IMAGE_SIZE
+    image: np.ndarray,
+    box: Sequence[float],
+    target: int = CLASS_IMAGE_SIZE,
+    *,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The object alone, resized to about target² pixels with its ratio kept (antialiased bilinear, as OS2D evaluates).
+    """The object alone, resized to about target² pixels with its ratio kept.
 
     Args:
         image: (H, W, 3) uint8.
         box: (x0, y0, x1, y1) in pixels of the picture; widened to whole pixels and cut at the border.
         target: side in pixels of a square of the wanted area.
+        resample: PIL's filter; OS2D evaluates with the antialiased bilinear one.
     Returns: crop (h, w, 3) uint8 and its own extent (0, 0, w, h) as float32.
     Raises: ValueError for a box outside the picture.
     """
@@ -166,7 +171,7 @@ def tight_crop(
         )
     new_h, new_w = area_size(y1 - y0, x1 - x0, target)
     cut = Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1]))
-    crop = np.asarray(cut.resize((new_w, new_h), Image.Resampling.BILINEAR))
+    crop = np.asarray(cut.resize((new_w, new_h), resample))
     return crop, np.array([0, 0, new_w, new_h], np.float32)
 
 

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fsdet.data.episodes import EpisodicDataset, build_episodes
 from fsdet.data.mapper import FewShotMapper
+from fsdet.data.records import Record
+from fsdet.data.scenes import SceneKey, build_scenes
 
 
 class BatchPlan(Sampler[list[tuple[int, int]]]):
@@ -93,6 +95,15 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
                 yield batch[self.piece]
 
 
+class ScenePlan(BatchPlan):
+    """A plan whose keys also say which iteration and which place of its batch they are for."""
+
+    def __iter__(self) -> Iterator[list[SceneKey]]:  # type: ignore[override]
+        for iteration, batch in enumerate(self.batches()):
+            if iteration >= self.start:
+                yield [SceneKey(*pair, iteration, place) for place, pair in enumerate(batch)][self.piece]
+
+
 class PlannedDataset(Dataset[dict[str, Any]]):
     """Records addressed by (epoch, index); the pair and the seed decide the augmentation.
 
@@ -136,27 +147,10 @@ def _wait_for_main_process() -> None:
     os._exit(0)
 
 
-def build_train_loader(
-    cfg: Any, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
-) -> DataLoader[list[dict[str, Any]]]:
-    """Loader of the planned batches of `cfg.DATASETS.TRAIN`, from iteration `start` on.
-
-    With INPUT.FS.ENABLED the records are split into queries, and each item carries supports (`EpisodicDataset`).
-
-    Args:
-        cfg: a resolved configuration; reads DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, DATALOADER.*, INPUT.*.
-        seed: of order, augmentation and supports. Any number of workers gives the same batches.
-        start: first iteration.
-        rank, world_size: the piece of each batch that this process trains on.
-    Raises: ValueError for an empty data set, a batch that the processes cannot share or an unknown sampler; as
-        `build_episodes`.
-    """
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; only TrainingSampler resumes exactly"
-        )
+def training_records(cfg: Any) -> list[Record]:
+    """Dataset dicts of `cfg.DATASETS.TRAIN`. Raises: ValueError when none is left."""
     try:
-        records = get_detection_dataset_dicts(
+        return get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
         )
     except AssertionError as error:
@@ -164,26 +158,50 @@ def build_train_loader(
             f"{', '.join(cfg.DATASETS.TRAIN)}: no image with an object is left to train on; check the annotations, "
             "the class split and FEWSHOT.LEAK"
         ) from error
-    fs = cfg.INPUT.get("FS")  # a plain Detectron2 configuration has none
+
+
+def build_train_loader(
+    cfg: Any, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> DataLoader[list[dict[str, Any]]]:
+    """Loader of the planned batches of `cfg.DATASETS.TRAIN`, from iteration `start` on.
+
+    With INPUT.FS.ENABLED the records are split into queries, and each item carries supports (`EpisodicDataset`); with
+    INPUT.PATCH.ENABLED the items are patches with supports (`SceneDataset`).
+
+    Args:
+        cfg: a resolved configuration; reads DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, DATALOADER.*, INPUT.*.
+        seed: of order, augmentation and supports. Any number of workers gives the same batches.
+        start: first iteration.
+        rank, world_size: the piece of each batch that this process trains on.
+    Raises: ValueError for an empty data set, a batch that the processes cannot share or an unknown sampler; as
+        `build_episodes` and `build_scenes`.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; only TrainingSampler resumes exactly"
+        )
+    records = training_records(cfg)
+    share = {"seed": seed, "start": start, "rank": rank, "world_size": world_size}
+    patch = cfg.INPUT.get("PATCH")  # a plain Detectron2 configuration has neither
+    if patch is not None and patch.ENABLED:
+        scenes = build_scenes(cfg, records, seed=seed, start=start)
+        return _data_loader(cfg, scenes, ScenePlan(len(scenes), cfg.SOLVER.IMS_PER_BATCH, **share))
+    fs = cfg.INPUT.get("FS")
     episodes = None
     if fs is not None and fs.ENABLED:
         records, episodes = build_episodes(cfg, records, seed=seed)
     wide = [r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    plan = BatchPlan(
-        len(records),
-        cfg.SOLVER.IMS_PER_BATCH,
-        seed=seed,
-        start=start,
-        wide=wide,
-        group_size=cfg.DATALOADER.GROUP_SIZE,
-        rank=rank,
-        world_size=world_size,
-    )
+    group_size = cfg.DATALOADER.GROUP_SIZE
+    plan = BatchPlan(len(records), cfg.SOLVER.IMS_PER_BATCH, wide=wide, group_size=group_size, **share)
     dataset: Dataset[dict[str, Any]] = PlannedDataset(
         records, FewShotMapper(cfg, True), seed, views=cfg.DATALOADER.VIEWS
     )
     if episodes is not None:
         dataset = EpisodicDataset(dataset, episodes, crop_size=fs.CROP_SIZE, cache_mib=fs.CACHE_MIB)
+    return _data_loader(cfg, dataset, plan)
+
+
+def _data_loader(cfg: Any, dataset: Dataset[dict[str, Any]], plan: BatchPlan) -> DataLoader[list[dict[str, Any]]]:
     return DataLoader(
         dataset,
         batch_sampler=plan,

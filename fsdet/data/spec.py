@@ -8,7 +8,7 @@ from pathlib import Path
 from fsdet.data.splits import voc_split
 
 VALUES = {
-    "benchmark": ("voc", "coco", "custom"),
+    "benchmark": ("voc", "coco", "custom", "oneshot"),
     "part": ("train", "test"),
     "subset": ("base", "novel", "all"),
     "records": ("instance", "image"),
@@ -22,7 +22,8 @@ class DatasetSpec:
     """Which data: everything that changes a record.
 
     Attributes:
-        benchmark: "voc" (XML files), "coco" (official ids) or "custom" (any COCO-format json).
+        benchmark: "voc" (XML files), "coco" (official ids), "custom" (any COCO-format json) or "oneshot" (scenes, and
+            pictures of the classes, of which K are the K shots).
         part: "train" or "test".
         subset: classes kept: "base", "novel" or "all".
         split: VOC class split 1-3; the other benchmarks have one split.
@@ -31,7 +32,9 @@ class DatasetSpec:
         records: K-shot record: "instance" (TFA: one image, one instance) or "image" (DeFRCN on COCO: merged per image).
         choice: which K of a longer list: "seeded" or "official" (NumPy's global generator, as the official loaders).
         leak: unlabelled novel objects in base training images: "background", "drop" (the image) or "ignore" (region).
-        difficult: VOC training keeps difficult objects (official); False drops them.
+        difficult: training on VOC and one-shot sets keeps difficult objects (official); False drops them.
+        clear_difficult: one-shot sets: difficult objects are taken for plain ones, in training and test (the set
+            "paste-f" of OS2D).
     """
 
     benchmark: str
@@ -44,6 +47,7 @@ class DatasetSpec:
     choice: str = "seeded"
     leak: str = "background"
     difficult: bool = True
+    clear_difficult: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in VALUES.items():
@@ -65,8 +69,10 @@ class DatasetSpec:
             words += [self.records] * (self.records != "instance") + [self.choice] * (self.choice != "seeded")
         elif self.removes_leak:
             words.append(f"leak-{self.leak}")
-        if self.benchmark == "voc" and self.part == "train" and not self.difficult:
+        if self.benchmark in ("voc", "oneshot") and self.part == "train" and not self.difficult:
             words.append("no-difficult")
+        if self.benchmark == "oneshot" and self.clear_difficult:
+            words.append("clear-difficult")
         return "_".join(words)
 
     @property
@@ -83,9 +89,13 @@ class DatasetSources:
         root: the folder that DETECTRON2_DATASETS names.
         samples: folder of the K-shot files; None = "vocsplit", "cocosplit", or "samples" beside an own json.
         voc_train, voc_test: (VOC folder, image set) pairs.
-        train_json, train_images, test_json, test_images: COCO-format sets; None = the official places of COCO.
+        train_json, train_images, test_json, test_images: COCO-format sets; None = the official places of COCO. A
+            one-shot set has its CSV or json there; test None = that of training.
         test_list: file of image ids, one a line: test images to keep, in their order in the set; None = all.
         novel_classes: names, own data only.
+        class_images: one-shot sets: folder of the pictures of the classes; None = beside the annotations.
+        oneshot_sets: one-shot sets: values of the column "split" for training, for the test of the base classes and for
+            that of the novel ones; "" = all rows.
     """
 
     root: Path
@@ -98,11 +108,13 @@ class DatasetSources:
     test_images: Path | None = None
     test_list: Path | None = None
     novel_classes: tuple[str, ...] = ()
+    class_images: Path | None = None
+    oneshot_sets: tuple[str, ...] = ("train", "val-old-cl", "val-new-cl")
 
     def __post_init__(self) -> None:
         # Absolute, so that copies made with dataclasses.replace() stay the same and a changed folder does no harm.
         object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
-        for key in ("samples", "train_json", "train_images", "test_json", "test_images"):
+        for key in ("samples", "train_json", "train_images", "test_json", "test_images", "class_images"):
             value = getattr(self, key)
             object.__setattr__(self, key, self.root / Path(value).expanduser() if value else None)
         if self.test_list is not None:  # part of the protocol, not of the data: beside the code, not below root
@@ -110,9 +122,15 @@ class DatasetSources:
         for key in ("voc_train", "voc_test"):
             object.__setattr__(self, key, tuple((str(folder), str(name)) for folder, name in getattr(self, key)))
         object.__setattr__(self, "novel_classes", tuple(self.novel_classes))
+        object.__setattr__(self, "oneshot_sets", tuple(self.oneshot_sets))
+        if len(self.oneshot_sets) != 3:
+            raise ValueError(
+                f"FEWSHOT.ONESHOT_SETS is {self.oneshot_sets}; expected three names: training, test of the base "
+                "classes, test of the novel ones"
+            )
 
     def json_of(self, part: str) -> Path | None:
-        """The configured COCO-format file of "train" or "test"."""
+        """The configured COCO-format file (or CSV) of "train" or "test"."""
         return self.train_json if part == "train" else self.test_json
 
     def images_of(self, part: str) -> Path | None:

@@ -2,8 +2,9 @@
 
 Metrics are in percent, in one flat dict under "bbox": AP, AP50, AP75 (COCO style also APs, APm, APl) over the classes
 of the test set, the same with prefix b over its base and n over its novel classes, and "AP-name", "AP50-name",
-"AP75-name" for each class. A class with objects but no detection counts 0; one without objects is nan and left out of
-every mean.
+"AP75-name" for each class. One-shot sets also have OS2D's metrics (`oneshot_style.py`): mAP50, mAPw50, recall50 and
+jointAP50, with the same prefixes. A class with objects but no detection counts 0; one without objects is nan and left
+out of every mean.
 
 Source: TFA (Wang et al., ICML 2020) section 4.1 and its evaluation of "all" test sets; DeFRCN uses the same.
 """
@@ -15,7 +16,8 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from fsdet.data.files import save_text_atomic
 
 from .coco_style import coco_metrics, coco_precision, xywh
 from .ground_truth import Detections, GroundTruth, load_ground_truth
+from .oneshot_style import METRICS, oneshot_metrics, rank_detections
 from .voc_style import voc_average_precision, voc_metrics
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ def build_evaluator(
     fast: bool = True,
     max_detections: int = 100,
     legacy: bool = False,
+    oneshot_metric: bool = False,
 ) -> FewShotEvaluator:
     """Evaluator of a registered test set; works in one process or gathers from several.
 
@@ -58,8 +62,9 @@ def build_evaluator(
         output_dir: where the detections are written in COCO's result format (`detections.json`); None writes nothing.
         voc_11_point: VOC style: 11-point metric of VOC2007; False for the area under the curve.
         fast: COCO style: hotcoco; False for pycocotools. The numbers are the same.
-        max_detections: COCO style: detections used per image and class.
+        max_detections: COCO style: detections used per image and class; -1 for all.
         legacy: VOC style: the rounding and ordering of the official few-shot code, for parity checks.
+        oneshot_metric: also OS2D's metrics; data sets of the one-shot layout have them in any case.
 
     Raises:
         ValueError: unknown style or data set, or annotations that cannot be evaluated.
@@ -68,10 +73,13 @@ def build_evaluator(
     if style not in STYLES:
         raise ValueError(f'Unknown evaluation style "{style}"; expected one of {STYLES}')
     if style == "voc":
-        return VocStyleEvaluator(dataset_name, output_dir, eleven_point=voc_11_point, legacy=legacy)
-    if legacy:
+        evaluator = VocStyleEvaluator(dataset_name, output_dir, eleven_point=voc_11_point, legacy=legacy)
+    elif legacy:
         raise ValueError("The legacy switch belongs to VOC style; COCO style has no rounding to reproduce")
-    return CocoStyleEvaluator(dataset_name, output_dir, fast=fast, max_detections=max_detections)
+    else:
+        evaluator = CocoStyleEvaluator(dataset_name, output_dir, fast=fast, max_detections=max_detections)
+    evaluator.oneshot_metric = evaluator.oneshot_metric or oneshot_metric
+    return evaluator
 
 
 class FewShotEvaluator(DatasetEvaluator, ABC):
@@ -84,6 +92,7 @@ class FewShotEvaluator(DatasetEvaluator, ABC):
         metadata = MetadataCatalog.get(dataset_name)
         self.base_classes = tuple(metadata.get("base_classes", ()))
         self.novel_classes = tuple(metadata.get("novel_classes", ()))
+        self.oneshot_metric = getattr(metadata.get("spec"), "benchmark", "") == "oneshot"
         self._known_images = frozenset(self.ground_truth.image_ids)
         self._collected: list[tuple[Any, np.ndarray, np.ndarray, np.ndarray]] = []
         self.detections: Detections | None = None
@@ -159,14 +168,23 @@ class FewShotEvaluator(DatasetEvaluator, ABC):
 
     def _metrics(self, truth: GroundTruth, detections: Detections) -> dict[str, float]:
         table = self._per_class(truth, detections)
-        metrics = dict(self._average(table, None))
-        for prefix, names in (("b", self.base_classes), ("n", self.novel_classes)):
-            classes = [i for i, name in enumerate(truth.class_names) if name in names]
-            if classes:
-                metrics.update({prefix + key: value for key, value in self._average(table, classes).items()})
+        metrics = self._by_group(partial(self._average, table), truth)
+        if self.oneshot_metric:
+            metrics |= self._by_group(partial(oneshot_metrics, rank_detections(truth, detections)), truth)
         for class_id, name in enumerate(truth.class_names):
             single = self._average(table, [class_id])
             metrics.update({f"{key}-{name}": single[key] for key in ("AP", "AP50", "AP75")})
+        return metrics
+
+    def _by_group(
+        self, average: Callable[[Sequence[int] | None], dict[str, float]], truth: GroundTruth
+    ) -> dict[str, float]:
+        """Metrics over all classes, and with a prefix over the base and the novel ones, where there are any."""
+        metrics = dict(average(None))
+        for prefix, names in (("b", self.base_classes), ("n", self.novel_classes)):
+            classes = [i for i, name in enumerate(truth.class_names) if name in names]
+            if classes:
+                metrics.update({prefix + key: value for key, value in average(classes).items()})
         return metrics
 
     def _check_class_ids(self, image_id: int | str, class_ids: np.ndarray) -> None:
@@ -180,7 +198,7 @@ class FewShotEvaluator(DatasetEvaluator, ABC):
     def _log(self, metrics: dict[str, float], truth: GroundTruth) -> None:
         objects = truth.counted_objects()
         groups = [("all", ""), ("base", "b"), ("novel", "n")]
-        keys = [key for key in metrics if "-" not in key and key[0] == "A"]
+        keys = [key for key in metrics if "-" not in key and key.startswith(("A", *METRICS))]
         rows = [
             [label, *(metrics.get(p + key, float("nan")) for key in keys)] for label, p in groups if p + "AP" in metrics
         ]
@@ -209,14 +227,15 @@ class CocoStyleEvaluator(FewShotEvaluator):
     def __init__(
         self, dataset_name: str, output_dir: str | Path | None = None, *, fast: bool = True, max_detections: int = 100
     ) -> None:
-        if max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+        if max_detections < 1 and max_detections != -1:
+            raise ValueError(f"max_detections must be at least 1, or -1 for all, got {max_detections}")
         super().__init__(dataset_name, output_dir)
         self.fast = fast
         self.max_detections = max_detections
 
     def _per_class(self, truth: GroundTruth, detections: Detections) -> np.ndarray:
-        return coco_precision(truth, detections, fast=self.fast, max_detections=self.max_detections)
+        most = self.max_detections if self.max_detections > 0 else max(1, len(detections))
+        return coco_precision(truth, detections, fast=self.fast, max_detections=most)
 
     def _average(self, table: np.ndarray, classes: Sequence[int] | None) -> dict[str, float]:
         return coco_metrics(table, classes)

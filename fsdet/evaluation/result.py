@@ -41,7 +41,7 @@ RUN_KEYS = (
     "OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "DATASETS", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS",
     "MODEL.DEVICE", "MODEL.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD", "FEWSHOT.SEED", "FEWSHOT.REPEAT", "FEWSHOT.ROOT",
     "FEWSHOT.SAMPLES", "FEWSHOT.TRAIN_JSON", "FEWSHOT.TRAIN_IMAGES", "FEWSHOT.TEST_JSON", "FEWSHOT.TEST_IMAGES",
-    "TEST.CALIBRATION.WEIGHTS",
+    "FEWSHOT.CLASS_IMAGES", "TEST.CALIBRATION.WEIGHTS",
 )  # fmt: skip
 
 
@@ -70,7 +70,8 @@ class Protocol:
         tta: test-time augmentation.
         calibration: scores rescored at test time, e.g. "pcb resnet101:5d3b4d8f 0.5" (network, sha256 of its file,
             weight of the detector's score); "" for none.
-        proposals: regions per image that the ROI heads score at test time; 0 where that was not recorded.
+        proposals: regions per image that the ROI heads score at test time; 0 where that was not recorded, and for a
+            detector without regions.
         base_model: label of the base-stage model that all seeds start from; "" for none. Two base models can differ by
             five points of novel AP50 (TFA's tracker), which no average over K-shot seeds shows.
         seed: draw of the K-shot lists.

@@ -33,19 +33,21 @@ def voc_average_precision(
     Returns: (10, K) float64 in [0, 1]; rows as `THRESHOLDS`; nan for a class without counted objects.
     """
     boxes, scores = _one_based(detections, legacy)
-    overlap, match = _best_matches(ground_truth, detections, boxes)
+    overlap, match = best_matches(ground_truth, detections, boxes)
     counted = ground_truth.counted_objects()
     result = np.full((len(THRESHOLDS), len(counted)), 0.0 if legacy else np.nan)
     for class_id in np.flatnonzero(counted):
         rows = np.flatnonzero(detections.class_ids == class_id)
         rows = rows[np.argsort(-scores[rows], kind=None if legacy else "stable")]
         for index, threshold in enumerate(THRESHOLDS):
-            correct, counts = _correct(overlap[rows], match[rows], ground_truth.ignored, threshold)
+            correct, counts = correct_ones(overlap[rows], match[rows], ground_truth.ignored, threshold)
             true = np.cumsum(correct)
             false = np.cumsum(counts & ~correct)
             recall = true / counted[class_id]
             precision = true / np.maximum(true + false, np.finfo(np.float64).eps)
-            result[index, class_id] = _eleven_point(recall, precision) if eleven_point else _area(recall, precision)
+            result[index, class_id] = (
+                _eleven_point(recall, precision) if eleven_point else area_under_curve(recall, precision)
+            )
     return result
 
 
@@ -76,9 +78,7 @@ def _one_based(detections: Detections, legacy: bool) -> tuple[np.ndarray, np.nda
     return np.array(rounded, dtype=np.float64).reshape(-1, 4), np.array(scores, dtype=np.float64)
 
 
-def _best_matches(
-    ground_truth: GroundTruth, detections: Detections, boxes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def best_matches(ground_truth: GroundTruth, detections: Detections, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """IoU with, and index of, the object of the same class and image that each detection overlaps most.
 
     Returns: (D,) float64, -inf where there is no such object; (D,) int64, the first object among equals, or -1.
@@ -118,7 +118,7 @@ def _pixel_iou(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
-def _correct(
+def correct_ones(
     overlap: np.ndarray, match: np.ndarray, ignored: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """For detections in order of their scores: which are correct, and which count at all. (D,) bool each."""
@@ -138,7 +138,8 @@ def _eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
     return float(sum(point / 11.0 for point in points))
 
 
-def _area(recall: np.ndarray, precision: np.ndarray) -> float:
+def area_under_curve(recall: np.ndarray, precision: np.ndarray) -> float:
+    """Area under the precision-recall curve (M,), precision made falling."""
     recall = np.concatenate(([0.0], recall, [1.0]))
     envelope = np.maximum.accumulate(np.concatenate(([0.0], precision, [0.0]))[::-1])[::-1]
     return float(np.sum(np.diff(recall) * envelope[1:]))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "defrcn"
 VOC_SMALL = ROOT.parent / "shared" / "data" / "voc_small"
 COCO_SMALL = ROOT.parent / "shared" / "data" / "coco_small"
-SCRIPTS = ("prepare_voc", "prepare_coco", "prepare_custom", "prepare_fewx", "prepare_voc_small")
+SCRIPTS = ("prepare_voc", "prepare_coco", "prepare_custom", "prepare_fewx", "prepare_oneshot", "prepare_voc_small")
 
 
 def run(script, *arguments):
