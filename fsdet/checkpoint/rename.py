@@ -51,7 +51,19 @@ OFFICIAL_DEFRCN: Table = (
 # FewX (fanq15/FewX). All names are the same here.
 OFFICIAL_FEWX: Table = (*_GONE, *_SAME)
 
-TABLES: dict[str, Table] = {"defrcn": OFFICIAL_DEFRCN, "fewx": OFFICIAL_FEWX, "tfa": OFFICIAL_TFA}
+# OS2D (aosokin/os2d). A backbone that scenes and class images share stands in its files twice.
+OFFICIAL_OS2D: Table = (
+    (r"(module\.)?net_feature_maps\.", "backbone."),
+    (r"(module\.)?net_label_features\.net_class_features\.", "backbone."),
+    (r"(module\.)?os2d_head_creator\.aligner\.parameter_regressor\.", "head.transform_net."),
+)
+
+TABLES: dict[str, Table] = {
+    "defrcn": OFFICIAL_DEFRCN,
+    "fewx": OFFICIAL_FEWX,
+    "os2d": OFFICIAL_OS2D,
+    "tfa": OFFICIAL_TFA,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class RenameReport:
 
     Attributes:
         renamed: old key -> new key.
-        dropped: keys that a row of the table drops on purpose.
+        dropped: keys that a row of the table drops on purpose, and second copies of the same tensor.
         unmatched: keys that no row of the table takes.
         unexpected: new keys that the model does not have.
         missing: model keys that nothing fills.
@@ -99,7 +111,7 @@ def rename(
         table: rows (pattern matched at the start of the key, replacement or None).
         model_state: state dict of the model that will load it; None leaves the model's side unchecked.
     Returns: the renamed state dict, of all keys that a row takes, and the report.
-    Raises: ValueError when two keys get the same name.
+    Raises: ValueError when two keys with different values get the same name.
     """
     rows = [(re.compile(pattern), replacement) for pattern, replacement in table]
     result: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -112,9 +124,15 @@ def rename(
             dropped.append(key)
         else:
             new = pattern.sub(replacement, key, count=1)
-            if new in result:
-                raise ValueError(f"Two keys of the checkpoint are renamed to {new}, one of them {key}; check the table")
-            renamed[key], result[new] = new, torch.as_tensor(value)
+            if new not in result:
+                renamed[key], result[new] = new, torch.as_tensor(value)
+            elif torch.equal(result[new], torch.as_tensor(value)):
+                dropped.append(key)
+            else:
+                raise ValueError(
+                    f"Two keys of the checkpoint with different values are renamed to {new}, one of them {key}: a part "
+                    "that is shared here has two sets of weights there, or the table is another method's"
+                )
     known = result if model_state is None else model_state
     report = RenameReport(
         renamed=renamed,

@@ -117,7 +117,7 @@ def _as_checkpoint(data: Any, path: Path) -> dict[str, Any]:
         state = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
         data = {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
     elif not isinstance(data.get("model"), dict):
-        data = {"model": data}
+        data = {"model": data["net"] if isinstance(data.get("net"), dict) else data}  # "net": OS2D's files
     odd = [name for name, value in data["model"].items() if not isinstance(value, torch.Tensor | np.ndarray)]
     if odd or not data["model"]:
         what = f"entries that are no tensors ({', '.join(map(str, odd[:5]))})" if odd else "no tensors"

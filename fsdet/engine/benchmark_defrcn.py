@@ -182,12 +182,13 @@ def prototype_pair(size: int) -> tuple[tuple[str, Work], tuple[str, Work]]:
     support_set = SupportSet(names, supports)
 
     def ours() -> ClassMemory:
+        _ = folder  # the pictures live as long as one of these functions
         calibrated.keep_class_memory(None)  # else nothing has changed, and nothing is encoded
         return calibrated.encode_support(support_set)
 
     @torch.no_grad()
     def per_record() -> dict[str, Tensor]:
-        _ = folder  # the pictures live as long as this function
+        _ = folder
         return {names[support.class_id]: _logits(classifier, support) for support in supports}
 
     mine, theirs = ours(), per_record()

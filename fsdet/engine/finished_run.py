@@ -90,9 +90,10 @@ def for_inference(cfg: CfgNode, threshold: float, device: str) -> CfgNode:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise ValueError(f'"{cfg.MODEL.DEVICE}" is no device; expected cpu, cuda, cuda:1, ...') from error
-    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
+    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.OS2D.WEAKALIGN = "", False, ""
     # Never raised: a method may rescore what passes it.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, threshold)
+    for node in (cfg.MODEL.ROI_HEADS, cfg.OS2D):
+        node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, threshold)
     cfg.freeze()
     return on_this_machine(cfg)
 

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from fsdet.data.catalog import load_records, new_report
+from fsdet.data.catalog import load_supports, new_report
 from fsdet.data.support import SupportSet
 from fsdet.engine.setup import dataset_sources, dataset_specs, run_classes
 from fsdet.modeling.base import RecallableMemory, SupportConditioned, condition_on_support
@@ -71,11 +71,14 @@ def _all_recallable(model: nn.Module) -> bool:
 
 
 def read_supports(cfg: CfgNode) -> SupportSet:
-    """The K-shot records of a configuration, read without any registry. Raises: FileNotFoundError; ValueError."""
+    """The supports of a configuration, its K-shot records or class pictures, read without any registry.
+
+    Raises: FileNotFoundError; ValueError.
+    """
     spec, _ = dataset_specs(cfg)
     report = new_report(spec)
     report.quiet = True
-    return SupportSet.from_records(load_records(spec, dataset_sources(cfg), report), run_classes(cfg))
+    return SupportSet.from_records(load_supports(spec, dataset_sources(cfg), report), run_classes(cfg))
 
 
 def encode_or_recall(

@@ -42,7 +42,7 @@ def check_run(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> N
     """
     train, test = dataset_specs(cfg)
     sources = dataset_sources(cfg)
-    own = cfg.FEWSHOT.LAYOUT == "custom"
+    own = cfg.FEWSHOT.LAYOUT in ("custom", "oneshot")
     check_sources(test, sources)
     if training:
         check_sources(train, sources)
@@ -146,7 +146,7 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _check_leak(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
     """Refuse start weights that have seen labels of the novel classes, where no predictor of classes would tell."""
-    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWX.INIT or cfg.FEWSHOT.STAGE == "novel"):
+    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWX.INIT or cfg.OS2D.ENABLED or cfg.FEWSHOT.STAGE == "novel"):
         return
     if seen := sorted(set(recorded_classes(checkpoint) or ()) & set(config_classes(cfg).novel)):
         raise ValueError(

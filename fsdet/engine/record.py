@@ -159,7 +159,7 @@ def run_protocol(cfg: CfgNode, origin: dict[str, str]) -> Protocol:
         leak=fewshot.LEAK,
         difficult=fewshot.DIFFICULT,
         calibration=calibration_label(cfg),
-        proposals=cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
+        proposals=0 if cfg.OS2D.ENABLED else cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
         **origin,
         seed=fewshot.SEED,
         repeat=fewshot.REPEAT,
@@ -183,8 +183,12 @@ def _if_there(read: Callable[[], T], otherwise: T) -> T:
 # Switches that came later. Where one is off it is left out of digests, so that they are those of older runs.
 _LATER = (
     "FEWSHOT.TEST_LIST", "DATALOADER.VIEWS", "MODEL.BACKBONE.CACHE_MIB", "MODEL.BACKBONE.CHANNELS_LAST",
-    "MODEL.ROI_HEADS.BACKGROUND_KEPT", "MODEL.RPN.NEGATIVES_KEPT", "SOLVER.FUSED",
+    "MODEL.ROI_HEADS.BACKGROUND_KEPT", "MODEL.RPN.NEGATIVES_KEPT", "SOLVER.FUSED", "SOLVER.CLIP_TOTAL_NORM",
 )  # fmt: skip
+
+
+# Keys of one-shot data.
+_ONESHOT = ("FEWSHOT.CLASS_IMAGES", "FEWSHOT.ONESHOT_SETS", "FEWSHOT.CLEAR_DIFFICULT", "TEST.ONESHOT_METRIC")
 
 
 def _switched_off(cfg: CfgNode) -> list[str]:
@@ -192,6 +196,8 @@ def _switched_off(cfg: CfgNode) -> list[str]:
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
     keys += idle_method_keys(cfg)
     keys += ["INPUT.FS.CACHE_MIB"] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
+    keys += [] if cfg.INPUT.PATCH.ENABLED else ["INPUT.PATCH"]
+    keys += [] if cfg.FEWSHOT.LAYOUT == "oneshot" else list(_ONESHOT)
     keys += [] if cfg.SOLVER.HEAD_LR_FACTOR != 1 else ["SOLVER.HEAD_LR_FACTOR"]
     return keys + [key for key in _LATER if not reduce(getitem, key.split("."), cfg)]
 

@@ -29,7 +29,7 @@ from fsdet.data.loader import build_test_loader
 from fsdet.data.mapper import FewShotMapper
 from fsdet.data.support import SupportSet
 from fsdet.engine.calibrated import calibrate, is_calibrated
-from fsdet.engine.memories import encode_or_recall
+from fsdet.engine.memories import encode_or_recall, read_supports
 from fsdet.engine.preflight import check_run
 from fsdet.engine.record import (
     Cost,
@@ -90,13 +90,13 @@ def prepare(cfg: CfgNode, *, quiet: bool = False, keep_config: bool = False) -> 
 def load_for_run(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, resume: bool, training: bool = True) -> int:
     """Resume or load MODEL.WEIGHTS; returns the iteration to start from.
 
-    With FEWSHOT.RESET_PREDICTOR the box predictor keeps its random start whatever the file holds, in training alone:
-    an evaluation takes the file as it is.
+    With FEWSHOT.RESET_PREDICTOR the box predictor (of a detector without regions: its head) keeps its start whatever
+    the file holds, in training alone: an evaluation takes the file as it is.
 
     Raises: ValueError when the file fills nothing of the model.
     """
     reset = cfg.FEWSHOT.RESET_PREDICTOR and training and not (resume and checkpointer.has_checkpoint())
-    predictor = checkpointer.model.roi_heads.box_predictor if reset else None
+    predictor = checkpointer.model.get_submodule(_predictor_name(checkpointer.model)) if reset else None
     fresh = {name: value.clone() for name, value in predictor.state_dict().items()} if predictor else None
     checkpointer.strict_heads = not reset
     state = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -130,7 +130,8 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, training: bo
     unfilled = [*report.missing, *(name for name, _, _ in report.mismatched)]
     parameters = dict(checkpointer.model.named_parameters())
     bottom_up = "backbone.bottom_up." if any("bottom_up" in name for name in parameters) else "backbone."
-    needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, bottom_up, training)]
+    parts = bottom_up, f"{_predictor_name(checkpointer.model)}."
+    needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, parts, training)]
     if needed:
         raise ValueError(
             f"{cfg.MODEL.WEIGHTS} fills the model only in part: {len(needed)} tensors would start at random, "
@@ -138,12 +139,19 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, training: bo
         )
 
 
-def _must_be_filled(cfg: CfgNode, name: str, bottom_up: str, training: bool) -> bool:
+def _predictor_name(model: nn.Module) -> str:
+    """Name of the part that FEWSHOT.RESET_PREDICTOR leaves at its start."""
+    return "roi_heads.box_predictor" if hasattr(model, "roi_heads") else "head"
+
+
+def _must_be_filled(cfg: CfgNode, name: str, parts: tuple[str, str], training: bool) -> bool:
+    """Whether a parameter may not keep its random start; `parts` are prefixes of the backbone and the predictor."""
+    bottom_up, predictor = parts
     # RESET_PREDICTOR without training measures heads that have learnt nothing.
     whole = cfg.FEWSHOT.SURGERY == "none" and not cfg.FEWSHOT.RESET_PREDICTOR
     if cfg.FEWSHOT.STAGE == "base" and (training or not whole):
         return name.startswith(bottom_up)
-    return whole or "box_predictor." not in name
+    return whole or not name.startswith(predictor)
 
 
 def make_evaluator(cfg: CfgNode) -> FewShotEvaluator:
@@ -156,6 +164,7 @@ def make_evaluator(cfg: CfgNode) -> FewShotEvaluator:
         voc_11_point=cfg.TEST.VOC_11_POINT,
         fast=cfg.TEST.FAST,
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        oneshot_metric=cfg.TEST.ONESHOT_METRIC,
     )
 
 
@@ -171,15 +180,16 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], FewShotE
     encode_or_recall(model, lambda: build_support(cfg), cfg.OUTPUT_DIR, run_classes(cfg))
     (name,) = cfg.DATASETS.TEST
     evaluator = make_evaluator(cfg)
-    loader = build_test_loader(cfg, name, keep_original=is_calibrated(cfg))
+    # A pyramid is built from the picture as it is stored.
+    loader = build_test_loader(cfg, name, keep_original=is_calibrated(cfg) or cfg.OS2D.ENABLED)
     with autocast(cfg):
         results = inference_on_dataset(model, loader, evaluator)
     return dict(results.get("bbox", {})), evaluator
 
 
 def build_support(cfg: CfgNode) -> SupportSet:
-    """The K-shot records that the configuration trains on, as whole images with boxes."""
-    return SupportSet.from_records(DatasetCatalog.get(cfg.DATASETS.TRAIN[0]), run_classes(cfg))
+    """The supports of the configuration, as whole images with boxes."""
+    return read_supports(cfg)
 
 
 def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpointer, evaluator: FewShotEvaluator) -> str:
@@ -188,6 +198,8 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
     novel = [c for c in run_classes(cfg) if c in config_classes(cfg).novel]
     mapper = FewShotMapper(cfg, True, augmentations=build_augmentation(cfg, False))
     loader = ([mapper(record)] for record in DatasetCatalog.get(name))
+    novel_ids = [run_classes(cfg).index(c) for c in novel]
+    proposes = hasattr(model, "proposal_generator")
     weights = Path(cfg.MODEL.WEIGHTS)
     has_rows = cfg.FEWSHOT.SURGERY != "none"  # whose order could be another one
     recorded = recorded_classes(load_weights(weights)) if has_rows and weights.is_file() else None
@@ -200,7 +212,7 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
         trainable=trainable_prefixes(model),
         score_threshold=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
         highest_scores=evaluator.highest_scores(),
-        recall=proposal_recall(model, loader, [run_classes(cfg).index(c) for c in novel], max_images=200),
+        recall=proposal_recall(model, loader, novel_ids, max_images=200) if proposes else None,
     ).text()
 
 

@@ -35,7 +35,9 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     fewshot.METHOD = "tfa"  # label of the recipe, used for folders and reports
     fewshot.MODEL = ""  # label of the network, used for folders and reports
     fewshot.DATASET = "voc"  # label of the data, used for folders and reports
-    fewshot.LAYOUT = "voc"  # voc (XML, class splits 1-3) | coco (official ids, 60/20) | custom (any COCO-format set)
+    # voc (XML, class splits 1-3) | coco (official ids, 60/20) | custom (any COCO-format set) | oneshot (scenes, and a
+    # folder with a picture or more of each class)
+    fewshot.LAYOUT = "voc"
     fewshot.STAGE = "base"  # base: all images, base classes | novel: K-shot fine-tuning
     fewshot.SETTING = "gfsod"  # novel stage: gfsod (base and novel classes together) | fsod (novel classes alone)
     fewshot.SPLIT = 1  # class split of VOC
@@ -51,6 +53,11 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     # File of image ids, one a line, relative to the working folder: the test images to evaluate on; "" = all.
     fewshot.TEST_LIST = ""
     fewshot.NOVEL_CLASSES = ()  # names; custom data only
+    # One-shot data only. TRAIN_JSON and TEST_JSON name its CSV (or COCO-format files).
+    fewshot.CLASS_IMAGES = ""  # folder of the pictures of the classes
+    # Values of the CSV's column "split": training, test of the base classes, test of the novel ones; "" = all rows.
+    fewshot.ONESHOT_SETS = ("train", "val-old-cl", "val-new-cl")
+    fewshot.CLEAR_DIFFICULT = False  # test on difficult objects as on any other
     fewshot.VOC_TRAIN = ("VOC2007:trainval", "VOC2012:trainval")  # folder:image set
     fewshot.VOC_TEST = ("VOC2007:test",)
     # Protocol switches; each one changes results and is written into result.json.
@@ -89,6 +96,25 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.INPUT.FS.SAMPLING = "fresh"
     cfg.INPUT.FS.CACHE_MIB = 256  # memory of each loader process for crops
     cfg.INPUT.FS.TABLE = ""  # support table of the release as CSV or JSON; "": every training object is a support
+    # Patches: a training image is a random part of a scene, and comes with supports of the classes that the scene shows
+    # (OS2D).
+    cfg.INPUT.PATCH = CfgNode()
+    cfg.INPUT.PATCH.ENABLED = False
+    cfg.INPUT.PATCH.SIZE = 600  # px, side of a patch as the network sees it
+    cfg.INPUT.PATCH.SCALE = 0.0  # of a scene at scale 1; 0 = OS2D.EVAL_SCALE / (OS2D.IMAGE_SIZE or its own long side)
+    cfg.INPUT.PATCH.SCALE_JITTER = 0.7  # the scale is drawn from [SCALE * jitter, SCALE / jitter]
+    cfg.INPUT.PATCH.ASPECT_JITTER = 0.9  # width to height of the part that is cut, likewise
+    cfg.INPUT.PATCH.MIN_COVERAGE = 0.7  # share of an object's area that makes it a target; below, it is ignored
+    cfg.INPUT.PATCH.FLIP = False
+    cfg.INPUT.PATCH.COLOUR = False
+    cfg.INPUT.PATCH.EXTRA_NEGATIVES = 0  # further classes that the scene does not show
+    cfg.INPUT.PATCH.OWN_OBJECTS = False  # supports are cut from other scenes as well
+    # Hard patch mining: every so many iterations, over the whole training set; 0 = never.
+    cfg.INPUT.PATCH.MINING_PERIOD = 0
+    cfg.INPUT.PATCH.MINING_CLASSES = 200  # random classes that a scene is searched for, beside its own
+    cfg.INPUT.PATCH.MINING_SCALES = 2  # random scales of a scene
+    cfg.INPUT.PATCH.MINED_PER_IMAGE = 10  # patches kept of each kind
+    cfg.SOLVER.CLIP_TOTAL_NORM = 0.0  # largest L2 norm of the whole gradient; 0 = any
     cfg.SOLVER.HEAD_LR_FACTOR = 1.0  # on the learning rate of the box predictor (FewX: 2)
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0  # images per step that LR and schedule are stated for; 0 = no scaling
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # forward/backward passes per step and process
@@ -98,6 +124,7 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.GROUP_SIZE = 0  # images that share their orientation; 0 = the whole batch
     cfg.TEST.STYLE = "coco"  # coco | voc: which evaluation gives the headline numbers
     cfg.TEST.VOC_11_POINT = True  # VOC style: 11-point rule (2007) or area under the curve (2010 on)
+    cfg.TEST.ONESHOT_METRIC = False  # also report OS2D's own metrics
     cfg.TEST.FAST = True  # the faster evaluator, equal to pycocotools
     cfg.SEED = 1  # Detectron2's default -1 (unseeded) stays possible
 
@@ -187,7 +214,10 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, model: str | None
 
 
 # Keys of a resolved file that say where things are, not what the run is.
-_MOVABLE = ("ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "TEST_LIST", "BASE_RUN")
+_MOVABLE = (
+    "ROOT", "SAMPLES", "TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES", "CLASS_IMAGES", "TEST_LIST",
+    "BASE_RUN",
+)  # fmt: skip
 
 
 def _refuse_changed_protocol(config_file: str, before: CfgNode, after: CfgNode) -> None:
@@ -210,13 +240,14 @@ def dataset_sources(cfg: CfgNode) -> DatasetSources:
     fewshot = cfg.FEWSHOT
     paths = {
         name: Path(getattr(fewshot, name.upper())) if getattr(fewshot, name.upper()) else None
-        for name in ("samples", "train_json", "train_images", "test_json", "test_images")
+        for name in ("samples", "train_json", "train_images", "test_json", "test_images", "class_images")
     }
     return DatasetSources(
         root=dataset_root(cfg),
         voc_train=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TRAIN),
         voc_test=tuple(tuple(item.split(":", 1)) for item in fewshot.VOC_TEST),
         novel_classes=tuple(fewshot.NOVEL_CLASSES),
+        oneshot_sets=tuple(fewshot.ONESHOT_SETS),
         test_list=Path(fewshot.TEST_LIST) if fewshot.TEST_LIST else None,
         **paths,
     )
@@ -227,6 +258,7 @@ def dataset_specs(cfg: CfgNode) -> tuple[DatasetSpec, DatasetSpec]:
     fewshot = cfg.FEWSHOT
     subset = stage_subset(cfg)
     shared = {"benchmark": fewshot.LAYOUT, "subset": subset, "split": fewshot.SPLIT}
+    shared["clear_difficult"] = fewshot.CLEAR_DIFFICULT
     train = DatasetSpec(
         part="train",
         shot=fewshot.SHOT if fewshot.STAGE == "novel" else 0,

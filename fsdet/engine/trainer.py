@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
 from fsdet.data.loader import build_train_loader
 from fsdet.engine.hooks import EvaluationHook, GracefulStop
+from fsdet.engine.patch_mining import PatchMining
 from fsdet.modeling.feature_cache import MIB, FeatureCache
 from fsdet.modeling.freeze import apply_freeze
 from fsdet.modeling.region_sampling import apply_thinning
@@ -167,17 +168,15 @@ class Trainer(TrainerBase):
         """
         self.register_hooks(self.build_hooks())
         if self.start_iter < self.max_iter:
-            loader = build_train_loader(
-                self.cfg,
-                seed=self.seed,
-                start=self.start_iter,
-                rank=comm.get_rank(),
-                world_size=comm.get_world_size(),
-            )
-            self._batches = iter(loader)
+            self.start_batches(self.start_iter)
         self.model.train()
         self._started = time.perf_counter() - self.seconds
         super().train(self.start_iter, self.max_iter)
+
+    def start_batches(self, iteration: int) -> None:
+        """Plan the batches from an iteration on, with the mined patches that lie in OUTPUT_DIR for it."""
+        place = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
+        self._batches = iter(build_train_loader(self.cfg, seed=self.seed, start=iteration, **place))
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Schedule, checkpoints, orderly stop, evaluation and writers, in the order they must run."""
@@ -193,6 +192,7 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(),
             saver if main else None,
             self.stop,
+            PatchMining(self.cfg, self.model) if self.cfg.INPUT.PATCH.MINING_PERIOD else None,
             EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate) if self.evaluate else None,
             hooks.PeriodicWriter(default_writers(self.cfg.OUTPUT_DIR, self.max_iter), period=20) if main else None,
         ]
@@ -217,7 +217,8 @@ class Trainer(TrainerBase):
             self._save_before_failing()
             raise
         self._check_and_log(losses, data_time)
-        self.grad_scaler.step(self.optimizer)
+        if self._clip():
+            self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self.seconds = time.perf_counter() - self._started
 
@@ -237,6 +238,18 @@ class Trainer(TrainerBase):
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.detach().float() / passes
         return totals
+
+    def _clip(self) -> bool:
+        """Bound the norm of the whole gradient; returns whether the step can be taken, which needs a finite norm."""
+        limit = self.cfg.SOLVER.CLIP_TOTAL_NORM
+        if not limit:
+            return True
+        self.grad_scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        finite = bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        if not finite:
+            logger.warning("Iteration %d: the gradient is not finite; this step is left out", self.iter)
+        return finite
 
     def _check_and_log(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Average over the processes, stop every one of them if a loss is not finite, write the rest.

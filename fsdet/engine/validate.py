@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from fsdet.methods import method_faults
 
 _CHOICES = {
-    "FEWSHOT.LAYOUT": ("voc", "coco", "custom"),
+    "FEWSHOT.LAYOUT": ("voc", "coco", "custom", "oneshot"),
     "FEWSHOT.STAGE": ("base", "novel"),
     "FEWSHOT.SETTING": ("gfsod", "fsod"),
     "FEWSHOT.RECORDS": ("instance", "image"),
@@ -61,6 +61,13 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
         faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}; VOC has the class splits 1, 2 and 3")
     if fewshot.LAYOUT == "custom" and not fewshot.TRAIN_JSON:
         faults.append("FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON and FEWSHOT.TRAIN_IMAGES")
+    if fewshot.LAYOUT == "oneshot" and not (fewshot.TRAIN_JSON or fewshot.TEST_JSON):
+        faults.append("FEWSHOT.LAYOUT oneshot needs FEWSHOT.TRAIN_JSON or FEWSHOT.TEST_JSON, its CSV")
+    if len(fewshot.ONESHOT_SETS) != 3:
+        faults.append(
+            f"FEWSHOT.ONESHOT_SETS is {tuple(fewshot.ONESHOT_SETS)}; expected the names of three sets: training, test "
+            "of the base classes, test of the novel ones"
+        )
     if fewshot.LAYOUT != "custom" and fewshot.NOVEL_CLASSES:
         faults.append("FEWSHOT.NOVEL_CLASSES is for FEWSHOT.LAYOUT custom; voc and coco have fixed splits")
     if fewshot.LAYOUT == "voc" and (fewshot.TRAIN_JSON or fewshot.TEST_JSON):
@@ -140,6 +147,28 @@ def _episode_faults(cfg: CfgNode) -> list[str]:
     ]
 
 
+def _patch_faults(cfg: CfgNode) -> list[str]:
+    """Faults of training patches."""
+    patch = cfg.INPUT.PATCH
+    least = {"SIZE": 16, "SCALE": 0, "EXTRA_NEGATIVES": 0, "MINING_PERIOD": 0, "MINING_CLASSES": 0, "MINING_SCALES": 1,
+             "MINED_PER_IMAGE": 1}  # fmt: skip
+    faults = [
+        f"INPUT.PATCH.{key} is {patch[key]}; it must be at least {low}"
+        for key, low in least.items()
+        if patch[key] < low
+    ]
+    faults += [
+        f"INPUT.PATCH.{key} is {patch[key]}; expected a number above 0 and up to 1"
+        for key in ("SCALE_JITTER", "ASPECT_JITTER", "MIN_COVERAGE")
+        if not 0 < patch[key] <= 1
+    ]
+    if patch.ENABLED and cfg.INPUT.FS.ENABLED:
+        faults.append("INPUT.PATCH.ENABLED and INPUT.FS.ENABLED are both True; a training image is one or the other")
+    if cfg.SOLVER.CLIP_TOTAL_NORM < 0:
+        faults.append(f"SOLVER.CLIP_TOTAL_NORM is {cfg.SOLVER.CLIP_TOTAL_NORM}; it cannot be negative (0: off)")
+    return faults
+
+
 def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """Check ranges and combinations.
 
@@ -147,6 +176,7 @@ def validate(cfg: CfgNode, *, only_protocol: bool = False) -> None:
     """
     faults = _protocol_faults(cfg)
     if not only_protocol:
-        faults += _solver_faults(cfg) + _speed_faults(cfg) + _episode_faults(cfg) + method_faults(cfg)
+        faults += _solver_faults(cfg) + _speed_faults(cfg) + _episode_faults(cfg)
+        faults += _patch_faults(cfg) + method_faults(cfg)
     if faults:
         raise ValueError("The configuration cannot run:\n  " + "\n  ".join(faults))

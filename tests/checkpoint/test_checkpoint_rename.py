@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsdet.checkpoint.checkpointer import FewShotCheckpointer
-from fsdet.checkpoint.rename import OFFICIAL_TFA, convert_file, rename
+from fsdet.checkpoint.rename import OFFICIAL_TFA, TABLES, convert_file, rename
 from fsdet.checkpoint.safe_io import load_weights, save_atomic
 
 
@@ -94,7 +94,21 @@ def test_rows_apply_in_order_and_at_the_start():
 
 def test_two_keys_with_one_name_are_refused():
     with pytest.raises(ValueError, match=r"renamed to x\.w"):
-        rename({"a.w": torch.ones(1), "b.w": torch.ones(1)}, ((r"[ab]\.", "x."),))
+        rename({"a.w": torch.ones(1), "b.w": torch.zeros(1)}, ((r"[ab]\.", "x."),))
+
+
+def test_second_copy_of_a_shared_part_is_left_out():
+    state = {
+        "net_feature_maps.conv1.weight": torch.ones(2),
+        "net_label_features.net_class_features.conv1.weight": torch.ones(2),
+    }
+    renamed, report = rename(state, TABLES["os2d"], {"backbone.conv1.weight": torch.zeros(2)})
+    assert list(renamed) == ["backbone.conv1.weight"]
+    assert report.is_full
+    assert report.dropped == ("net_label_features.net_class_features.conv1.weight",)
+    state["net_label_features.net_class_features.conv1.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="two sets of weights"):
+        rename(state, TABLES["os2d"])
 
 
 def test_output_format(tmp_path):

@@ -187,6 +187,8 @@ def test_zoo_layouts(tmp_path):
     assert list(loaded["model"]) == ["conv1_w"] and loaded["matching_heuristics"] and loaded["__author__"] == "Caffe2"
     torch.save({"model_state": {"s1.w": torch.ones(1), "n.num_batches_tracked": torch.ones(1)}}, tmp_path / "p.pyth")
     assert list(load_weights(tmp_path / "p.pyth")["model"]) == ["s1.w"]
+    torch.save({"net": {"w": torch.ones(1)}, "optimizer": {"state": {}}}, tmp_path / "os2d.pth")
+    assert list(load_weights(tmp_path / "os2d.pth")["model"]) == ["w"]
     torch.save({"w": torch.ones(1)}, tmp_path / "bare.pth")
     assert list(load_weights(tmp_path / "bare.pth")) == ["model"]
 

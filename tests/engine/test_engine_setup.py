@@ -192,6 +192,8 @@ def test_switches_that_are_off_are_no_part_of_a_digest(monkeypatch):
     older = plain.clone()
     older.defrost()
     del older["FEWX"], older.INPUT["FS"], older.SOLVER["HEAD_LR_FACTOR"], older.DATALOADER["VIEWS"]
+    del older["OS2D"], older.INPUT["PATCH"], older.SOLVER["CLIP_TOTAL_NORM"], older.TEST["ONESHOT_METRIC"]
+    del older.FEWSHOT["CLASS_IMAGES"], older.FEWSHOT["ONESHOT_SETS"], older.FEWSHOT["CLEAR_DIFFICULT"]
     monkeypatch.setattr("fsdet.engine.record._switched_off", lambda cfg: ["TEST.CALIBRATION", *LATER])
     before = result_digest(older)
     monkeypatch.undo()
@@ -200,6 +202,7 @@ def test_switches_that_are_off_are_no_part_of_a_digest(monkeypatch):
         ("SOLVER.HEAD_LR_FACTOR", "2.0"),
         ("DATALOADER.VIEWS", "4"),
         ("SOLVER.FUSED", "True"),
+        ("SOLVER.CLIP_TOTAL_NORM", "100.0"),
         ("FEWSHOT.TEST_LIST", "a.txt"),
     ):
         assert result_digest(load_config(file, [*words, key, value])) != before
