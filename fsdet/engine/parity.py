@@ -26,7 +26,7 @@ import numpy as np
 TOLERANCE = 1e-5
 
 # Modules with the checkers of one method each.
-FAMILIES = ("fsdet.engine.parity_defrcn", "fsdet.engine.parity_fewx")
+FAMILIES = ("fsdet.engine.parity_defrcn", "fsdet.engine.parity_fewx", "fsdet.engine.parity_os2d")
 SUFFIXES = (".npz", ".json", ".json.gz")
 
 
