@@ -6,6 +6,7 @@ Examples:
     python tools/benchmark.py --only evaluator tfa-freeze --rounds 9 --size 400
     python tools/benchmark.py --only calibration --size 800 --threads 1
     python tools/benchmark.py --only fewx-class --size 480 --classes 5 20
+    python tools/benchmark.py --only os2d-class os2d-chunk --size 960
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair")
     parser.add_argument("--size", type=int, default=240, help="shorter side of the pictures in pixels")
     parser.add_argument("--threads", type=int, default=0, help="n > 0: n threads, and CPU time instead of wall time")
-    parser.add_argument("--classes", type=int, nargs="+", default=(), help="numbers of classes of the fewx pairs")
+    parser.add_argument("--classes", type=int, nargs="+", default=(), help="numbers of classes of fewx and os2d pairs")
     args = parser.parse_args()
     sizes = {"rounds": args.rounds, "size": args.size, "threads": args.threads, "classes": args.classes}
     for pair in run_benchmarks(args.only, **sizes):

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from fsdet.engine import benchmark_defrcn, benchmark_fewx
+from fsdet.engine import benchmark_defrcn, benchmark_fewx, benchmark_os2d
 from fsdet.engine.benchmark_parts import (
     Pair,
     Work,
@@ -137,4 +137,4 @@ BENCHMARKS = {
     **benchmark_defrcn.BENCHMARKS,
 }
 MEMORY = benchmark_defrcn.MEMORY
-MEASURED = benchmark_fewx.MEASURED
+MEASURED = {**benchmark_fewx.MEASURED, **benchmark_os2d.MEASURED}

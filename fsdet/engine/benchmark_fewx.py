@@ -8,10 +8,7 @@ Source: FewX (Fan et al., CVPR 2020) and its release.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,15 @@ from torch import Tensor, nn
 from fsdet.data.episode_draws import FreshEpisodes
 from fsdet.data.queries import Query
 from fsdet.data.support import Support, SupportSet
-from fsdet.engine.benchmark_parts import Pair, cpu_seconds, fixed_batch, measure_pair, seeded_model, wall_seconds
+from fsdet.engine.benchmark_parts import (
+    Pair,
+    cpu_seconds,
+    fixed_batch,
+    in_a_process,
+    measure_pair,
+    one_thread,
+    seeded_model,
+)
 from fsdet.engine.setup import load_config, on_this_machine
 from fsdet.engine.trainer import build_detector
 from fsdet.evaluation.result import peak_memory_mib, reset_peak_memory
@@ -51,17 +56,6 @@ SHOTS = 10
 def _config(size: int, *opts: str) -> CfgNode:
     sizes = ["INPUT.MIN_SIZE_TEST", str(size), "MODEL.WEIGHTS", ""]
     return on_this_machine(load_config(str(CONFIGS / "coco_base.yaml"), [*sizes, *OPTS, *opts]))
-
-
-@contextmanager
-def _one_thread() -> Iterator[Callable[[Callable[[], Any]], float]]:
-    """One thread for PyTorch; gives the measure: CPU time, or wall time where there is a GPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield wall_seconds if torch.cuda.is_available() else cpu_seconds
-    finally:
-        torch.set_num_threads(threads)
 
 
 class ReleasedWay:
@@ -199,7 +193,7 @@ def class_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pair
 
     Raises: RuntimeError when the two ways detect different things.
     """
-    with _one_thread() as measure:
+    with one_thread() as measure:
         case = Case(size, max(classes, default=5))
         released = ReleasedWay(case.cfg, case.detector)
         for many in classes or (5,):
@@ -253,7 +247,7 @@ def check_same(ours: Instances, released: Instances) -> None:
 
 def shared_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pair]:
     """Detection with proposals shared by all classes against exact detection (default 20 classes); one thread."""
-    with _one_thread() as measure:
+    with one_thread() as measure:
         for count in classes or (20,):
             cases = Case(size, count, "FEWX.SHARED_PROPOSALS", str(SHARED)), Case(size, count)
             for case in cases:
@@ -268,19 +262,13 @@ def memory_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pai
         costs: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             for side, count in zip(costs, (FEW, many), strict=True):
-                side.append(_in_a_process(peak_of, size, count, OPTS))
+                side.append(in_a_process(peak_of, size, count, OPTS))
         yield Pair("fewx-memory", f"{FEW} classes", f"{many} classes", tuple(costs[0]), tuple(costs[1]), "MiB")
-
-
-def _in_a_process(function: Callable[..., float], *args: Any) -> float:
-    """Result of a function in a fresh process, which has not used any memory yet."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def peak_of(size: int, classes: int, opts: Sequence[str]) -> float:
     """Peak memory in MiB of this process while it detects `classes` classes; on a GPU the device's."""
-    with _one_thread():
+    with one_thread():
         case = Case(size, classes, *opts)
         case.keep(classes)
         reset_peak_memory()

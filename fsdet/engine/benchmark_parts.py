@@ -5,9 +5,12 @@ Absolute times depend on the machine and on what else runs there; the ratio of t
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,3 +143,20 @@ class _Endless:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         while True:
             yield self.batch
+
+
+@contextmanager
+def one_thread() -> Iterator[Callable[[Callable[[], Any]], float]]:
+    """One thread for PyTorch; gives the measure: CPU time, or wall time where there is a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield wall_seconds if torch.cuda.is_available() else cpu_seconds
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_a_process(function: Callable[..., float], *args: Any) -> float:
+    """Result of a function in a fresh process, which has not used any memory yet."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
