@@ -361,7 +361,7 @@ def test_loader_mutant_fails(small, monkeypatch, mutate):
 
 
 def area_under_the_curve(monkeypatch):
-    monkeypatch.setattr(voc_style, "_eleven_point", voc_style._area)
+    monkeypatch.setattr(voc_style, "_eleven_point", voc_style.area_under_curve)
 
 
 def ten_points(monkeypatch):
