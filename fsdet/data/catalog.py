@@ -289,8 +289,8 @@ def _describe(spec: DatasetSpec, sources: DatasetSources) -> dict[str, Any]:
         folder, image_set = sources.voc_sets(spec.part)[0]
         year = 2012 if folder.name == "VOC2012" else 2007
         return {**described, "dirname": str(folder), "split": image_set, "year": year}
-    if spec.benchmark == "oneshot":
-        return {**described, "image_root": str(oneshot.scene_folder(spec.part, sources))}
+    if spec.benchmark == "oneshot":  # class pictures have no scenes
+        return described if spec.shot else {**described, "image_root": str(oneshot.scene_folder(spec.part, sources))}
     places = {name: place for place, name in enumerate(names)}
     finder = image_finder(spec, sources)
     ids = coco.COCO_CLASSES if spec.benchmark == "coco" else custom.read_categories(class_file(sources))

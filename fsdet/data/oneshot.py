@@ -124,6 +124,8 @@ def _sets_of(spec: DatasetSpec, sources: DatasetSources) -> tuple[Sequence[str],
     training, base_test, novel_test = sources.oneshot_sets
     if spec.part == "train":
         return (training,), (training,)
+    if sources.train_json and base_test == training and spec.subset != "base":
+        base_test = novel_test  # the base classes have no test of their own: their scenes were trained on
     tests = (base_test, novel_test)
     return tests, {"base": (base_test,), "novel": (novel_test,), "all": tests}[spec.subset]
 

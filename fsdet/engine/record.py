@@ -80,6 +80,8 @@ def test_set_label(cfg: CfgNode) -> str:
     label = test.name
     if cfg.FEWSHOT.LAYOUT != "voc":
         label += f":{json_file(test, dataset_sources(cfg)).stem}"
+    if cfg.FEWSHOT.LAYOUT == "oneshot":
+        label += f":{'+'.join(name or 'all' for name in cfg.FEWSHOT.ONESHOT_SETS[1:])}"
     if cfg.FEWSHOT.TEST_LIST:
         path = Path(cfg.FEWSHOT.TEST_LIST)
         label += f":{path.stem}:{sha256_of(path)[:8]}"
@@ -188,13 +190,14 @@ _LATER = (
 
 
 # Keys of one-shot data.
-_ONESHOT = ("FEWSHOT.CLASS_IMAGES", "FEWSHOT.ONESHOT_SETS", "FEWSHOT.CLEAR_DIFFICULT", "TEST.ONESHOT_METRIC")
+_ONESHOT = ("FEWSHOT.CLASS_IMAGES", "FEWSHOT.ONESHOT_SETS", "FEWSHOT.CLEAR_DIFFICULT")
 
 
 def _switched_off(cfg: CfgNode) -> list[str]:
     """Keys of switches that are off, calibration with all that belongs to it."""
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
     keys += idle_method_keys(cfg)
+    keys.append("TEST.ONESHOT_METRIC")  # adds metrics and changes none
     keys += ["INPUT.FS.CACHE_MIB"] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
     keys += [] if cfg.INPUT.PATCH.ENABLED else ["INPUT.PATCH"]
     keys += [] if cfg.FEWSHOT.LAYOUT == "oneshot" else list(_ONESHOT)
@@ -211,6 +214,8 @@ def result_digest(cfg: CfgNode) -> str:
 _RESUMABLE = (
     "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.ACCUMULATION_STEPS", "SOLVER.CHECKPOINTS_KEPT", "SOLVER.AMP",
     "SOLVER.FIND_UNUSED_PARAMETERS", "TEST", "FEWX.TEST_SHOTS", "FEWX.SHARED_PROPOSALS", "FEWSHOT.TEST_LIST",
+    "OS2D.FUSION", "OS2D.VIEWS", "OS2D.TEST_SHOTS", "OS2D.NMS", "OS2D.NMS_THRESH_TEST", "OS2D.NMS_ACROSS_CLASSES",
+    "OS2D.SCORE_THRESH_TEST", "OS2D.ALIGNED_SHARE",
     "FEWSHOT.BASE_RUN",
     "FEWSHOT.OUTPUT",
 )  # fmt: skip

@@ -210,7 +210,7 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
         head_classes=predictor_classes(model.state_dict()),
         checkpoint_classes=recorded,
         trainable=trainable_prefixes(model),
-        score_threshold=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+        score_threshold=cfg.OS2D.SCORE_THRESH_TEST if cfg.OS2D.ENABLED else cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
         highest_scores=evaluator.highest_scores(),
         recall=proposal_recall(model, loader, novel_ids, max_images=200) if proposes else None,
     ).text()

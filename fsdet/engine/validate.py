@@ -48,6 +48,26 @@ def _draw_faults(fewshot: CfgNode) -> list[str]:
     return faults
 
 
+def _oneshot_faults(fewshot: CfgNode) -> list[str]:
+    """Faults of the keys of one-shot sets."""
+    faults = []
+    if fewshot.LAYOUT == "oneshot" and not (fewshot.TRAIN_JSON or fewshot.TEST_JSON):
+        faults.append("FEWSHOT.LAYOUT oneshot needs FEWSHOT.TRAIN_JSON or FEWSHOT.TEST_JSON, its CSV")
+    if fewshot.LAYOUT == "oneshot" and fewshot.LEAK != "background":
+        faults.append(
+            f"FEWSHOT.LEAK is {fewshot.LEAK}, but one-shot sets have no labels of novel objects in training scenes; "
+            "set background"
+        )
+    if fewshot.LAYOUT != "oneshot" and (fewshot.CLASS_IMAGES or fewshot.CLEAR_DIFFICULT):
+        faults.append("FEWSHOT.CLASS_IMAGES and CLEAR_DIFFICULT are for FEWSHOT.LAYOUT oneshot; leave them out")
+    if len(fewshot.ONESHOT_SETS) != 3:
+        faults.append(
+            f"FEWSHOT.ONESHOT_SETS is {tuple(fewshot.ONESHOT_SETS)}; expected the names of three sets: training, test "
+            "of the base classes, test of the novel ones"
+        )
+    return faults
+
+
 def _protocol_faults(cfg: CfgNode) -> list[str]:
     """Faults of the FEWSHOT keys that a user sets."""
     fewshot = cfg.FEWSHOT
@@ -61,13 +81,7 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
         faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}; VOC has the class splits 1, 2 and 3")
     if fewshot.LAYOUT == "custom" and not fewshot.TRAIN_JSON:
         faults.append("FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON and FEWSHOT.TRAIN_IMAGES")
-    if fewshot.LAYOUT == "oneshot" and not (fewshot.TRAIN_JSON or fewshot.TEST_JSON):
-        faults.append("FEWSHOT.LAYOUT oneshot needs FEWSHOT.TRAIN_JSON or FEWSHOT.TEST_JSON, its CSV")
-    if len(fewshot.ONESHOT_SETS) != 3:
-        faults.append(
-            f"FEWSHOT.ONESHOT_SETS is {tuple(fewshot.ONESHOT_SETS)}; expected the names of three sets: training, test "
-            "of the base classes, test of the novel ones"
-        )
+    faults += _oneshot_faults(fewshot)
     if fewshot.LAYOUT != "custom" and fewshot.NOVEL_CLASSES:
         faults.append("FEWSHOT.NOVEL_CLASSES is for FEWSHOT.LAYOUT custom; voc and coco have fixed splits")
     if fewshot.LAYOUT == "voc" and (fewshot.TRAIN_JSON or fewshot.TEST_JSON):

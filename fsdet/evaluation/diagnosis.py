@@ -275,19 +275,21 @@ def _scores(
     limit = "the score threshold" if threshold is None else f"the score threshold {threshold:g}"
     if not novel:
         detail = f"no novel detection above {limit}, {len(highest_scores)} other classes were detected"
-        remedy = "lower MODEL.ROI_HEADS.SCORE_THRESH_TEST to see whether scores are low or absent; train longer if low"
+        remedy = (
+            "lower the score threshold (SCORE_THRESH_TEST) to see whether scores are low or absent; train longer if low"
+        )
         return Finding(name, "fault", detail, remedy)
     best = max(novel, key=novel.get)
     detail = f'highest novel score {novel[best]:.3f} ("{best}"), {limit} is below it'
     if threshold is not None and novel[best] < 2 * threshold:
-        remedy = "most novel detections are cut off: lower MODEL.ROI_HEADS.SCORE_THRESH_TEST or train longer"
+        remedy = "most novel detections are cut off: lower the score threshold (SCORE_THRESH_TEST) or train longer"
         return Finding(name, "fault", detail, remedy)
     return Finding(name, "ok", detail + "; so boxes are found and miss the objects or carry the wrong class")
 
 
 def _proposals(recall: ProposalRecall | None, trainable: Sequence[str] | None) -> Finding:
     if recall is None:
-        return Finding("proposals", "unknown", "RPN recall on novel boxes was not measured")
+        return Finding("proposals", "unknown", "no recall of proposals on novel boxes was measured")
     name = f"proposals, recall@{recall.top} at IoU {recall.iou:g}"
     if recall.objects == 0:
         return Finding(name, "unknown", f"no novel object on the {recall.images} images looked at")

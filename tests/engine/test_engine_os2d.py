@@ -15,6 +15,7 @@ from fsdet.engine.record import result_digest
 from fsdet.engine.run import run
 from fsdet.engine.setup import default_config, load_config
 from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.engine.trainer import build_detector
 from fsdet.evaluation.result import read_result
 
 SIDE, CLASSES = 24, 5  # the classes 4 and 5 are novel
@@ -204,8 +205,10 @@ def test_objects_of_other_scenes_are_supports_in_any_layout(write_config, tmp_pa
     assert "bAP50" in metrics and "mAP50" not in metrics
 
 
-def test_more_shots_than_pictures(stages):
+def test_more_shots_than_pictures_or_than_are_read(stages):
     _, direct = stages
+    with pytest.raises(ValueError, match="OS2D.TEST_SHOTS"):
+        load_config(direct, ["FEWSHOT.SHOT", "2", "OS2D.TEST_SHOTS", "1"])
     with pytest.raises(ValueError, match=r"3"):
         run(direct, ["FEWSHOT.SHOT", "3"], quiet=True)
 
@@ -233,6 +236,11 @@ def test_pyramid_network_is_refused(config):
         ("INPUT.FS.ENABLED", "True", "both True"),
         ("SOLVER.CLIP_TOTAL_NORM", "-1.0", "cannot be negative"),
         ("FEWSHOT.ONESHOT_SETS", "('train',)", "names of three sets"),
+        ("FEWSHOT.LEAK", "drop", "no labels of novel objects"),
+        ("INPUT.PATCH.ENABLED", "False", "trains on patches"),
+        ("SOLVER.HEAD_LR_FACTOR", "2.0", "cannot obey"),
+        ("MODEL.RPN.NEGATIVES_KEPT", "4", "no proposals"),
+        ("OS2D.ENABLED", "False", "only OS2D trains on patches"),
     ],
 )
 def test_values_that_cannot_be(config, key, value, said):
@@ -247,3 +255,21 @@ def test_keys_of_os2d_leave_other_digests_alone(write_config):
     assert older.OS2D.ENABLED is False
     changed = load_config(write_config(), ["OS2D.EVAL_SCALE", "77", "INPUT.PATCH.SIZE", "77"])
     assert result_digest(cfg) == result_digest(changed)
+
+
+def test_a_test_set_alone_runs(config, cards, tmp_path):
+    """As Dairy and Paste: no training file, all classes are new."""
+    folder = {"ROOT": str(cards), "TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "classes/cards.csv"}
+    words = {**folder, "TEST_IMAGES": "src", "CLASS_IMAGES": "classes/images", "NOVEL_CLASSES": [], "SURGERY": "none"}
+    words |= {"LAYOUT": "oneshot", "DATASET": "cards", "OUTPUT": str(tmp_path / "output"), "ONESHOT_SETS": ["", "", ""]}
+    words |= {"METHOD": "untrained", "STAGE": "novel", "SETTING": "fsod", "SHOT": 1, "RESET_PREDICTOR": True}
+    words["SCHEDULE"] = [["*", "*", "*", 1e-4, [], 0, 0]]
+    torch.save({"model": _backbone(config("base.yaml"))}, tmp_path / "backbone.pth")
+    path = config("alone.yaml", FEWSHOT=words, INPUT={"FORMAT": "RGB"}, OS2D={"ENABLED": True, "PYRAMID": [1.0]})
+    metrics = run(path, ["MODEL.WEIGHTS", str(tmp_path / "backbone.pth"), "OS2D.EVAL_SCALE", "320"], quiet=True)
+    assert "nmAP50" in metrics and len([name for name in metrics if name.startswith("AP50-")]) == CLASSES
+
+
+def _backbone(path):
+    detector = build_detector(load_config(path, ["MODEL.DEVICE", "cpu"]))
+    return {f"backbone.{name}": value for name, value in detector.backbone.state_dict().items()}

@@ -9,6 +9,7 @@ Source: OS2D (Osokin et al., ECCV 2020), in the form of the release.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -298,8 +299,12 @@ def _read_weakalign(file_name: str) -> dict[str, Tensor]:
             f'OS2D.WEAKALIGN: {file_name} is not a file; correct it, or "" to start from the identity'
         )
     try:
-        return load_weakalign(torch.load(file_name, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([Namespace]):  # training arguments beside the weights
+            state = torch.load(file_name, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        return load_weakalign(state)
     except (UnpicklingError, RuntimeError, LookupError, EOFError, ValueError) as error:  # by what is wrong with it
         raise ValueError(
-            f"OS2D.WEAKALIGN: {file_name} cannot be read ({error}); give a file of tensors alone"
+            f"OS2D.WEAKALIGN: {file_name} cannot be read ({str(error).splitlines()[0]}); give a file with the state "
+            "dict of weakalign's affine network and nothing that would run code"
         ) from error

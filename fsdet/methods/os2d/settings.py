@@ -113,8 +113,36 @@ def setting_faults(cfg: CfgNode) -> list[str]:
     for low, high in (("NEGATIVE_IOU", "POSITIVE_IOU"), ("REMAP_NEGATIVE_IOU", "REMAP_POSITIVE_IOU")):
         if node[low] > node[high]:
             faults.append(f"OS2D.{low} {node[low]} lies above OS2D.{high} {node[high]}")
+    if node.ENABLED:
+        faults += _faults_beside(cfg)
+    elif cfg.INPUT.PATCH.ENABLED:
+        faults.append("INPUT.PATCH.ENABLED is True, but only OS2D trains on patches; set OS2D.ENABLED True or it False")
     if node.WEAKALIGN and node.PARAMETERS != 6:
         faults.append("OS2D.WEAKALIGN has weights of six parameters; set OS2D.PARAMETERS 6 and OS2D.INVERSE True")
+    return faults
+
+
+def _faults_beside(cfg: CfgNode) -> list[str]:
+    """Keys of other methods and of regions that OS2D has no use for, and shots that it would not read."""
+    expected = {
+        "FEWX.ENABLED": (cfg.FEWX.ENABLED, False),
+        "MODEL.ROI_HEADS.BACKGROUND_KEPT": (cfg.MODEL.ROI_HEADS.BACKGROUND_KEPT, 0),
+        "MODEL.RPN.NEGATIVES_KEPT": (cfg.MODEL.RPN.NEGATIVES_KEPT, 0),
+        "MODEL.BACKBONE.CACHE_MIB": (cfg.MODEL.BACKBONE.CACHE_MIB, 0),
+        "SOLVER.HEAD_LR_FACTOR": (cfg.SOLVER.HEAD_LR_FACTOR, 1.0),
+    }
+    faults = [
+        f"{key} is {found}, which OS2D cannot obey: it has no proposals and one learning rate; set {wanted}"
+        for key, (found, wanted) in expected.items()
+        if found != wanted
+    ]
+    if cfg.SOLVER.MAX_ITER and not cfg.INPUT.PATCH.ENABLED:
+        faults.append("INPUT.PATCH.ENABLED is False, but OS2D trains on patches; set it True, or SOLVER.MAX_ITER 0")
+    if cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SHOT > cfg.OS2D.TEST_SHOTS:
+        faults.append(
+            f"FEWSHOT.SHOT is {cfg.FEWSHOT.SHOT}, but OS2D.TEST_SHOTS {cfg.OS2D.TEST_SHOTS}: further shots would not "
+            "be read; raise OS2D.TEST_SHOTS"
+        )
     return faults
 
 
