@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fsdet.data.crops import has_area_inside
-from fsdet.data.records import SHOWN, Record, xyxy
+from fsdet.data.records import SHOWN, Record, join_pictures, xyxy
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +73,8 @@ def query_records(records: Sequence[Record]) -> list[Record]:
     Returns: dataset dicts with a `Query` under "query", in the order of the images; within an image in that of the
         annotations.
     """
-    images: dict[tuple[str, Any], Record] = {}
-    for record in records:
-        image = images.setdefault((record["file_name"], record["image_id"]), {**record, "annotations": []})
-        known = {annotation.get("id") for annotation in image["annotations"]} - {None}
-        image["annotations"] += [a for a in record.get("annotations", ()) if a.get("id") not in known]
     queries = []
-    for image in images.values():
+    for image in join_pictures(records):
         by_class: dict[int, list[Record]] = {}
         for annotation in image["annotations"]:
             by_class.setdefault(annotation["category_id"], []).append(annotation)

@@ -234,3 +234,17 @@ def merge_by_image(records: Sequence[Record], report: LoadReport) -> list[Record
             else:
                 target["annotations"].append(annotation)
     return list(merged.values())
+
+
+def join_pictures(records: Sequence[Record]) -> list[Record]:
+    """One record for each picture, with the annotations of all its records, each once; K-shot sets have one an object.
+
+    Args:
+        records: dataset dicts, which stay as they are.
+    """
+    pictures: dict[tuple[str, Any], Record] = {}
+    for record in records:
+        picture = pictures.setdefault((record["file_name"], record["image_id"]), {**record, "annotations": []})
+        known = {annotation.get("id") for annotation in picture["annotations"]} - {None}
+        picture["annotations"] += [a for a in record.get("annotations", ()) if a.get("id") not in known]
+    return list(pictures.values())

@@ -38,7 +38,7 @@ from fsdet.data.patches import (
     mined_file,
     read_mined,
 )
-from fsdet.data.records import Record, xyxy
+from fsdet.data.records import Record, join_pictures, xyxy
 from fsdet.data.scene_supports import SceneSupports, build_scene_supports, is_difficult
 from fsdet.data.support import Support, read_picture, seeded_generator
 
@@ -78,19 +78,14 @@ def scene_records(records: Sequence[Record]) -> list[Record]:
     Args:
         records: dataset dicts; K-shot sets have one for each object.
     """
-    scenes: dict[tuple[str, Any], Record] = {}
-    dropped = 0
-    for record in records:
-        scene = scenes.setdefault((record["file_name"], record["image_id"]), {**record, "annotations": []})
-        known = {annotation.get("id") for annotation in scene["annotations"]} - {None}
-        for annotation in record.get("annotations", ()):
-            if not has_area_inside(xyxy(annotation), record["height"], record["width"]):
-                dropped += 1
-            elif annotation.get("id") not in known:
-                scene["annotations"].append(annotation)
+    scenes, dropped = join_pictures(records), 0
+    for scene in scenes:
+        labelled = scene["annotations"]
+        scene["annotations"] = [a for a in labelled if has_area_inside(xyxy(a), scene["height"], scene["width"])]
+        dropped += len(labelled) - len(scene["annotations"])
     if dropped:
         logger.warning("%d object(s) without area inside their picture left out", dropped)
-    return list(scenes.values())
+    return scenes
 
 
 class SceneDataset(Dataset[dict[str, Any]]):

@@ -203,9 +203,14 @@ class SupportSet:
     def crop(self, support: Support) -> SupportCrop:
         """Read the picture of a support and cut it under the policy.
 
-        Raises: FileNotFoundError or ValueError naming the file when it is missing or cannot be decoded.
+        Raises: FileNotFoundError or ValueError naming the file when it is missing or cannot be decoded, or when the box
+            leaves nothing of the picture.
         """
-        crop, box = self.policy(read_support(support, self.image_format), support.box)
+        picture = read_support(support, self.image_format)
+        try:
+            crop, box = self.policy(picture, support.box)
+        except ValueError as error:
+            raise ValueError(f"{support.file_name}: {error}") from error
         return SupportCrop(crop, box, support)
 
     def crops(self, class_name: str) -> Iterator[SupportCrop]:

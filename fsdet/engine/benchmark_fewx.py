@@ -30,8 +30,8 @@ from fsdet.engine.benchmark_parts import (
     Pair,
     cpu_seconds,
     fixed_batch,
-    in_a_process,
     measure_pair,
+    memory_pair,
     one_thread,
     seeded_model,
 )
@@ -259,11 +259,7 @@ def shared_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pai
 def memory_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pair]:
     """Peak memory of a process that detects few classes and of one that detects many (default 80)."""
     for many in classes or (MANY,):
-        costs: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for side, count in zip(costs, (FEW, many), strict=True):
-                side.append(in_a_process(peak_of, size, count, OPTS))
-        yield Pair("fewx-memory", f"{FEW} classes", f"{many} classes", tuple(costs[0]), tuple(costs[1]), "MiB")
+        yield memory_pair("fewx-memory", peak_of, size, FEW, many, rounds, OPTS)
 
 
 def peak_of(size: int, classes: int, opts: Sequence[str]) -> float:

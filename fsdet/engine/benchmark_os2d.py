@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fsdet.engine.benchmark_os2d_release import LIMIT, Matches, ReleasedWay, check_same
-from fsdet.engine.benchmark_parts import Measure, Pair, in_a_process, measure_pair, one_thread, seeded_model
+from fsdet.engine.benchmark_parts import Measure, Pair, measure_pair, memory_pair, one_thread, seeded_model
 from fsdet.engine.setup import load_config, on_this_machine
 from fsdet.engine.trainer import build_detector
 from fsdet.evaluation.result import peak_memory_mib, reset_peak_memory
@@ -179,11 +179,7 @@ def _pairs(
 def memory_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pair]:
     """Peak memory of a process that detects few classes and of one that detects many (default 50)."""
     for many in classes or (MANY,):
-        costs: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for side, count in zip(costs, (FEW, many), strict=True):
-                side.append(in_a_process(peak_of, size, count, OPTS))
-        yield Pair("os2d-memory", f"{FEW} classes", f"{many} classes", tuple(costs[0]), tuple(costs[1]), "MiB")
+        yield memory_pair("os2d-memory", peak_of, size, FEW, many, rounds, OPTS)
 
 
 def peak_of(size: int, classes: int, opts: Sequence[str]) -> float:

@@ -160,3 +160,18 @@ def in_a_process(function: Callable[..., float], *args: Any) -> float:
     """Result of a function in a fresh process, which has not used any memory yet."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def memory_pair(
+    name: str, peak_of: Callable[..., float], size: int, few: int, many: int, rounds: int, opts: Any
+) -> Pair:
+    """Peak memory of a process that detects `few` classes and of one that detects `many`.
+
+    Args:
+        peak_of: (size, classes, opts) -> MiB, of the process that calls it; a function of a module.
+        size, opts: handed on to it.
+    """
+    few_costs, many_costs = zip(
+        *([in_a_process(peak_of, size, count, opts) for count in (few, many)] for _ in range(rounds)), strict=True
+    )
+    return Pair(name, f"{few} classes", f"{many} classes", few_costs, many_costs, "MiB")

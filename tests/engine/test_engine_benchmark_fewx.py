@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from fsdet.data.queries import Query
-from fsdet.engine import benchmark_fewx
+from fsdet.engine import benchmark_fewx, benchmark_parts
 from fsdet.engine.benchmark import run_benchmarks
 from fsdet.engine.benchmark_fewx import Case, ReleasedWay, check_same
 from fsdet.engine.parity import read_npz
@@ -44,7 +44,7 @@ def test_class_cost_is_counted_between_one_class_and_many(monkeypatch):
 
 
 def test_every_pair_runs(monkeypatch):
-    monkeypatch.setattr(benchmark_fewx, "in_a_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(benchmark_parts, "in_a_process", lambda function, *args: function(*args))
     threads = torch.get_num_threads()
     names = ["fewx-class", "fewx-shared", "fewx-memory", "fewx-supports"]
     pairs = list(run_benchmarks(names, rounds=1, size=64, classes=[2, 3]))
@@ -110,7 +110,7 @@ def test_scores_of_a_case_lie_apart():
 
 
 def test_processes_are_fresh():
-    assert benchmark_fewx.in_a_process(os.getpid) != os.getpid()
+    assert benchmark_parts.in_a_process(os.getpid) != os.getpid()
 
 
 def test_scan_finds_supports_of_two_classes_from_different_images():

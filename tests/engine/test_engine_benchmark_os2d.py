@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsdet.engine import benchmark_os2d
+from fsdet.engine import benchmark_os2d, benchmark_parts
 from fsdet.engine.benchmark import run_benchmarks
 from fsdet.engine.benchmark_os2d import Case
 from fsdet.engine.benchmark_os2d_release import ReleasedWay, check_same, detections
@@ -73,7 +73,7 @@ def test_every_pair_runs(monkeypatch):
     counts, cases = [], []
     monkeypatch.setattr(benchmark_os2d, "Case", lambda *args: cases.append(Case(*args)) or cases[-1])
     monkeypatch.setattr(
-        benchmark_os2d, "in_a_process", lambda work, size, count, opts: counts.append(count) or float(count)
+        benchmark_parts, "in_a_process", lambda work, size, count, opts: counts.append(count) or float(count)
     )
     threads = torch.get_num_threads()
     names = ["os2d-class", "os2d-chunk", "os2d-aligned", "os2d-memory"]

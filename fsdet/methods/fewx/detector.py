@@ -20,15 +20,14 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from fsdet.data.mapper import IGNORE_CLASS
-from fsdet.data.support import SupportSet
+from fsdet.data.support import Support, SupportSet
 from fsdet.methods.fewx.inference import FEATURE, KERNEL, Classes, PairScorer, prepare_classes
 from fsdet.methods.fewx.rpn import attention_kernels
 from fsdet.methods.fewx.settings import range_faults
 from fsdet.methods.fewx.supports import cut_crops
-from fsdet.modeling.base import RecallableMemory
-from fsdet.modeling.class_memory import ClassEntry, ClassMemory, module_digest
-from fsdet.modeling.derived import Derived, weights_key
-from fsdet.modeling.digested_shots import draw_shots, stale_classes
+from fsdet.modeling.class_memory import ClassMemory, module_digest
+from fsdet.modeling.derived import Derived
+from fsdet.modeling.drawn_memory import DrawnShotsMemory
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +36,12 @@ _SUPPORT_KEYS = ("support_images", "support_boxes")
 
 
 @META_ARCH_REGISTRY.register()
-class FewXRCNN(RecallableMemory, GeneralizedRCNN):
+class FewXRCNN(DrawnShotsMemory, GeneralizedRCNN):
     """FewX: attention RPN and multi-relation head. Its classes are those of the class memory."""
 
     memory_kind = KIND
+    memory_owner = "FewX"
+    memory_basis = "weights, crop size or pooling"
 
     @configurable
     def __init__(
@@ -70,7 +71,6 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
         self.rows_at_once, self.shared_proposals = rows_at_once, shared_proposals
         self.settings = list(settings)
         self._classes = Derived(prepare_classes)
-        self._checked: Any = None  # state of the encoder's weights that the memory was compared with
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -134,72 +134,36 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
         return attention_kernels(pooled, shots), behind.unflatten(0, (-1, shots)).mean(dim=1)
 
     @property
+    def memory_modules(self) -> tuple[nn.Module, ...]:
+        """Backbone and res5."""
+        return self.backbone, self.roi_heads.res5
+
+    @property
     def memory_encoder(self) -> str:
         """Digest of all that a class memory depends on beside the supports."""
-        encoder = nn.ModuleDict({"backbone": self.backbone, "res5": self.roi_heads.res5})
+        encoder = nn.ModuleDict(dict(zip(("backbone", "res5"), self.memory_modules, strict=True)))
         pixels = [self.pixel_mean.flatten().tolist(), self.pixel_std.flatten().tolist()]
         return module_digest(encoder, KIND, *pixels, *self.settings)
 
-    def encode_support(self, support_set: SupportSet) -> ClassMemory:
-        """Kernel and feature of every class of a support set, one class at a time.
-
-        Classes of the memory kept last whose supports and encoder have not changed are taken over.
-
-        Returns: memory with "kernel" (C4,) and "feature" (C5, P, P) for each class, in the order of the set.
-        Raises: ValueError for classes without support, and for a box that leaves nothing of its picture;
-            FileNotFoundError for a missing picture.
-        """
-        shots = draw_shots(support_set, self.test_shots, self.seed)
-        memory = ClassMemory(kind=KIND, encoder=self.memory_encoder)
-        former = self._class_memory
-        if former is not None and former.encoder != memory.encoder:
-            former = None
-        stale = stale_classes(former, shots)
-        for name, (supports, digests) in shots.items():
-            if name not in stale:
-                memory.add(name, former[name])
-                continue
-            crops, boxes = cut_crops(support_set, supports, self.crop_size, self.input_format)
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                (kernel,), (feature,) = self.encode_crops(crops, boxes, len(supports))
-            memory.add(name, ClassEntry({KERNEL: kernel, FEATURE: feature}, digests))
-        logger.info("Encoded the supports of %d classes, %d unchanged", len(stale), len(shots) - len(stale))
-        return memory
-
-    def stale_classes(self, memory: ClassMemory, support_set: SupportSet) -> list[str]:
-        """Classes of a support set whose entry in `memory` is missing or made of other pictures or boxes."""
-        return stale_classes(memory, draw_shots(support_set, self.test_shots, self.seed))
+    def encode_shots(self, support_set: SupportSet, supports: Sequence[Support]) -> dict[str, Tensor]:
+        """Kernel "kernel" (C4,) and feature "feature" (C5, P, P) of the supports of one class."""
+        crops, boxes = cut_crops(support_set, supports, self.crop_size, self.input_format)
+        with torch.autocast(self.device.type, enabled=False):
+            (kernel,), (feature,) = self.encode_crops(crops, boxes, len(supports))
+        return {KERNEL: kernel, FEATURE: feature}
 
     def keep_class_memory(self, memory: ClassMemory | None) -> None:
         """Take the classes for the inferences to come (None forgets them).
 
         Raises: ValueError for a memory of another kind or encoder.
         """
-        if memory is not None:
-            self._check_memory(memory)
         super().keep_class_memory(memory)
         self._classes.forget()
 
     def train(self, mode: bool = True) -> FewXRCNN:
-        """Switch the mode; behind a training the memory is compared with the weights again."""
-        self._checked = None
+        """Switch the mode; behind a training nothing that was computed from the weights holds."""
         self._classes.forget()
         return super().train(mode)
-
-    def _encoder_state(self) -> Any:
-        return weights_key(self.backbone), weights_key(self.roi_heads.res5)
-
-    def _check_memory(self, memory: ClassMemory) -> None:
-        """Refuse a memory that these weights have not made. Raises: ValueError."""
-        if memory.kind != KIND:
-            raise ValueError(f"A memory of {memory.kind}; FewX needs one of {KIND}, from its encode_support")
-        encoder = self.memory_encoder
-        if memory.encoder != encoder:
-            raise ValueError(
-                f"The class memory was made by encoder {memory.encoder}, this detector is {encoder}: weights, crop "
-                "size or pooling differ. Encode the supports again (condition_on_support)"
-            )
-        self._checked = self._encoder_state()
 
     def inference(
         self,
@@ -243,10 +207,7 @@ class FewXRCNN(RecallableMemory, GeneralizedRCNN):
 
     def _known_classes(self) -> Classes:
         """The class memory, ready for the heads. Raises: as `inference`."""
-        memory: ClassMemory = self.class_memory
-        if self._checked is None or self._checked != self._encoder_state():
-            self._check_memory(memory)
-        return self._classes(self.roi_heads.box_predictor, memory, self.device)
+        return self._classes(self.roi_heads.box_predictor, self.checked_memory(), self.device)
 
     def _scorer(self) -> PairScorer:
         return PairScorer(self.proposal_generator, self.roi_heads, self.rows_at_once, self.shared_proposals)

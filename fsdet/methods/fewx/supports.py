@@ -29,12 +29,7 @@ def cut_crops(
     squares = support_set.with_policy(partial(fewx_support_crop, size=size))
     images, boxes = [], []
     for support in supports:
-        try:
-            crop = squares.crop(support)
-        except ValueError as error:
-            if support.file_name in str(error):
-                raise
-            raise ValueError(f"{support.file_name}: {error}") from error
+        crop = squares.crop(support)
         images.append(crop.image if support_set.image_format == image_format else crop.image[..., ::-1])
         boxes.append(crop.box)
     stacked = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))

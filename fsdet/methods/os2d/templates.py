@@ -68,10 +68,5 @@ def cut_pictures(
     """
     tight = support_set.with_policy(partial(tight_crop, target=size))
     for support in supports:
-        try:
-            picture = tight.crop(support).image
-        except ValueError as error:
-            if support.file_name in str(error):
-                raise
-            raise ValueError(f"{support.file_name}: {error}") from error
+        picture = tight.crop(support).image
         yield picture if support_set.image_format == image_format else picture[..., ::-1]
