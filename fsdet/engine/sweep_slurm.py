@@ -1,6 +1,7 @@
 """The runs of a sweep as Slurm jobs, through submitit: one array a stage, each waiting for the one before it.
 
-Whoever waits may be killed and started again; the jobs go on without it, and what they finish is skipped the next time.
+Whoever waits may be killed and started again: the jobs go on without it, what they have finished is skipped the next
+time, and those that still wait or run are taken over.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fsdet.engine.sweep_run import PlannedRun, Task, attempt, blocked_by, last_line, stop_signals
+from fsdet.engine.sweep_slurm_records import ALIVE, JobRecords, LiveJob, digests
 
 logger = logging.getLogger(__name__)
 
 # Parameters that submitit knows for every cluster; the others are Slurm's own.
 _SHARED = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
 POLL_SECONDS = 1.0
+ASK_SECONDS = 60.0  # between two questions about a suspended job
 _LATE_SECONDS = 30.0  # how long a network file system may take to show a new file
 
 
@@ -80,7 +83,8 @@ class SlurmJobs:
     """Runs as jobs of a cluster.
 
     Args:
-        text: as `slurm_parameters` reads it; cluster=local runs the jobs on this machine, to try the rest.
+        text: as `slurm_parameters` reads it; cluster=local runs the jobs on this machine, to try the rest. Such jobs
+            are known to the process that started them alone, so that no later one can take them over.
         folder: for submitit's files and logs; every node must see it.
     Raises: ValueError without submitit, without Slurm, and for parameters that submitit does not know.
     """
@@ -92,7 +96,9 @@ class SlurmJobs:
             raise ValueError("--slurm needs submitit: pip install submitit") from error
         self.parameters = {"name": "fsdet", **slurm_parameters(text)}
         self.cluster, self.folder = self.parameters.pop("cluster", "slurm"), folder
-        self.queues = self.cluster != "local"  # jobs can be told to wait for others
+        self.queues = self.cluster != "local"  # jobs can wait for others, and every process can ask about them
+        self.records = JobRecords(folder)
+        self._asked = -ASK_SECONDS
         self.width = self.parameters.get("slurm_array_parallelism", 256)  # submitit's default
         try:
             self._executor()
@@ -113,21 +119,23 @@ class SlurmJobs:
 
     def work_off(self, runs: Sequence[PlannedRun], task: Task, prepare: Task) -> Iterator[tuple[PlannedRun, str]]:
         """See `Workers`; after a signal the jobs are cancelled, which Slurm tells them by SIGTERM: they save."""
-        waiting = _jobs(runs, task, prepare)
         lost: set[str] = set()
         submitted: dict[str, tuple[SlurmTask, Any]] = {}  # folder of the first run -> the job's task and handle
         with stop_signals(lambda number: None) as stop:
+            waiting, refused = self._take_over(_jobs(runs, task, prepare), submitted, lost)
+            yield from refused
             while (waiting or submitted) and not stop.number:
                 ended = self._submit(waiting, submitted, lost)
                 for folder, (job_task, job) in list(submitted.items()):
-                    if job.done():
+                    if self._has_ended(job):
                         del submitted[folder]
                         ended += _outcomes(job_task.runs, job, lost)
+                        self.records.forget(job)
                 yield from ended
                 if not ended:
                     time.sleep(POLL_SECONDS)
             for _, job in submitted.values():
-                job.cancel(check=False)
+                self._cancel(job)
         if stop.number:
             raise SystemExit(128 + stop.number)
 
@@ -140,8 +148,11 @@ class SlurmJobs:
         for job_task in list(waiting):
             first = job_task.runs[0]
             reason = blocked_by(first, lost)
-            needs = tuple(submitted[folder][1].job_id for folder in first.after if folder in submitted)
-            if not reason and (unsubmitted.intersection(first.after) or (needs and not self.queues)):
+            sources = [submitted[folder] for folder in first.after if folder in submitted]
+            needs = tuple(job.job_id for _, job in sources)
+            # A job that was taken over may know nothing of this run, whose weights are then made here, after its end.
+            is_fed = self.queues and any(first in source.feeds for source, _ in sources)
+            if not reason and (unsubmitted.intersection(first.after) or (needs and not is_fed)):
                 continue
             waiting.remove(job_task)
             reason = reason or ("" if needs else attempt(job_task.prepare, first))
@@ -153,7 +164,76 @@ class SlurmJobs:
         for needs, members in arrays.items():
             for job_task, job in zip(members, self._executor(needs).submit_array(members), strict=True):
                 submitted[job_task.runs[0].folder] = (job_task, job)
+                if self.queues:
+                    self.records.add(job, digests(job_task.runs), digests(job_task.feeds))
         return failed
+
+    def _take_over(
+        self, tasks: Sequence[SlurmTask], submitted: dict[str, tuple[SlurmTask, Any]], lost: set[str]
+    ) -> tuple[list[SlurmTask], list[tuple[PlannedRun, str]]]:
+        """Leave runs to the live jobs that an earlier call has submitted for them.
+
+        Returns: what is left to submit, and the runs that may not be, since a job of another recipe uses their folder,
+            with those that need them.
+        """
+        live = self.records.live() if self.queues else []
+        again: set[str] = set()
+        waiting, refused = [], []
+        for job_task in tasks:
+            parts: dict[LiveJob | None, list[PlannedRun]] = {}
+            for run in job_task.runs:
+                owner, foreign = _owner(run, live)
+                if reason := blocked_by(run, lost) or foreign:
+                    lost.add(run.folder)
+                    refused.append((run, reason))
+                    continue
+                if owner and again.intersection(run.after) and owner.job.state.upper() == "PENDING":
+                    self._cancel(owner.job)  # it waits for a job that is gone
+                    live.remove(owner)
+                    owner = None
+                if owner is None:
+                    again.add(run.folder)
+                parts.setdefault(owner, []).append(run)
+            for owner, members in parts.items():
+                feeds = job_task.feeds if members[0] is job_task.runs[0] else ()
+                if owner is None:
+                    waiting.append(replace(job_task, runs=tuple(members), feeds=feeds))
+                else:
+                    known = tuple(run for run in feeds if digests([run]).items() <= owner.feeds.items())
+                    part = replace(job_task, runs=tuple(members), feeds=known)
+                    submitted[members[0].folder] = (part, owner.job)
+        if submitted:
+            logger.warning("%d jobs of an earlier call wait or run; they are taken over", len(submitted))
+        return waiting, refused
+
+    def _cancel(self, job: Any) -> None:
+        job.cancel(check=False)
+        self.records.forget(job)  # it needs time to save; the next call shall not wait for it
+
+    def _has_ended(self, job: Any) -> bool:
+        """Whether nothing more comes of a job; submitit says so of a suspended one too, and asks no more about it."""
+        if not job.done():
+            return False
+        if job.paths.result_pickle.exists() or job.state.upper() not in ALIVE:
+            return True
+        if time.monotonic() - self._asked > ASK_SECONDS:
+            self._asked = time.monotonic()
+            job.watcher.clear()
+        return False
+
+
+def _owner(run: PlannedRun, live: Sequence[LiveJob]) -> tuple[LiveJob | None, str]:
+    """The live job that does a run; or why none may, where the folder belongs to a job of another recipe."""
+    folder = os.path.abspath(run.folder)
+    claims = [item for item in live if folder in item.runs]
+    for item in claims:
+        if item.runs[folder] != run.digest:
+            name, state = item.job.job_id, item.job.state.lower()
+            return None, (
+                f"job {name} of an earlier call ({state}) does this run with another configuration; cancel it (scancel "
+                f"{name}) or wait for its end, and set another FEWSHOT.OUTPUT to keep both"
+            )
+    return (claims[0] if claims else None), ""
 
 
 def _jobs(runs: Sequence[PlannedRun], task: Task, prepare: Task) -> list[SlurmTask]:

@@ -1,7 +1,8 @@
 """Paired comparisons of rows: two methods that were asked for, and the same runs with and without calibration.
 
 Two rows are compared where nothing but the method (and the base model that its surgery made) or the calibration tells
-their protocols apart, and then run by run: the same seed, trained on the same K-shot files.
+their protocols apart, and then run by run: the same seed, trained on the same K-shot files. A result that does not
+record its files is paired by its seed alone, and the table says so.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     names = ("with", "without") if items else sides if max(map(len, sides)) <= SHORT else ("first", "second")
     header = ("shots", "metric", *names, "difference", "pairs", "higher", "p (t test)", "p (Wilcoxon)", "each pair")
     alone = list(dict.fromkeys(text for item in comparisons for text in item.alone))
-    notes = [NOTE]
+    notes = [NOTE, *_unverified(comparisons)]
     if any(len(item.difference.seeds) < 3 for item in comparisons):
         notes.append(FEW)
     if alone:
@@ -122,13 +123,24 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     return Table(title, (*(("method",) if items else ()), *header), tuple(lines), " ".join(notes))
 
 
+def _unverified(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """How many pairs of runs, which all metrics share, may have other K-shot files."""
+    pairs = {(c.item, c.first, c.second, c.shot): (c.unverified, len(c.difference.seeds)) for c in comparisons}
+    unknown, total = (sum(numbers) for numbers in zip(*pairs.values(), strict=True))
+    if unknown:
+        yield (
+            f"Not verified: in {unknown} of {total} pairs a result does not record its K-shot files, so that the two "
+            "runs are paired by their seed alone."
+        )
+
+
 def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else number(value, 3)
 
 
 def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: Sequence[str]) -> Iterator[Comparison]:
     (left_label, left), (right_label, right) = first, second
-    other = _other_samples(left, right)
+    other, digests = _other_samples(left, right), _digests(left, right)
     shared = sorted((set(left.keys) & set(right.keys)) - set(other))
     alone = [
         f"{label}, {row.protocol.shot}-shot, seed {seed_words(missing)}"
@@ -141,7 +153,17 @@ def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: 
         if shared and metric in left.metrics and metric in right.metrics:
             ours, theirs = left.values(metric), right.values(metric)
             difference = paired_difference({key: ours[key] for key in shared}, {key: theirs[key] for key in shared})
-            yield Comparison(title, item, left.protocol.shot, left_label, right_label, metric, difference, tuple(alone))
+            yield Comparison(
+                title=title,
+                item=item,
+                shot=left.protocol.shot,
+                first=left_label,
+                second=right_label,
+                metric=metric,
+                difference=difference,
+                alone=tuple(alone),
+                unverified=sum(not all(digests[key]) for key in shared),
+            )
 
 
 def _differing(left: Row, right: Row) -> set[str]:
@@ -150,11 +172,23 @@ def _differing(left: Row, right: Row) -> set[str]:
 
 
 def _other_samples(left: Row, right: Row) -> dict[Key, tuple[Path, Path]]:
-    """(seed, repeat) -> files of the two runs, where they were trained on other K-shot files."""
-    ours = dict(zip(left.keys, left.runs, strict=True))
-    theirs = dict(zip(right.keys, right.runs, strict=True))
+    """(seed, repeat) -> files of the two runs, where they are known to be trained on other K-shot files."""
+    ours, theirs = _files(left), _files(right)
     return {
-        key: (ours[key][0], theirs[key][0])
-        for key in sorted(ours.keys() & theirs.keys())
-        if ours[key][1].protocol.samples_digest != theirs[key][1].protocol.samples_digest
+        key: (ours[key], theirs[key])
+        for key, digests in _digests(left, right).items()
+        if all(digests) and digests[0] != digests[1]
     }
+
+
+def _files(row: Row) -> dict[Key, Path]:
+    return {key: path for key, (path, _) in zip(row.keys, row.runs, strict=True)}
+
+
+def _digests(left: Row, right: Row) -> dict[Key, tuple[str | None, str | None]]:
+    """(seed, repeat) -> digests of the K-shot files of the two runs; None where a result does not record them."""
+    ours, theirs = (
+        {key: run.protocol.samples_digest for key, (_, run) in zip(row.keys, row.runs, strict=True)}
+        for row in (left, right)
+    )
+    return {key: (ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys())}

@@ -82,7 +82,8 @@ def remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterable[str]:
         )
     digests: dict[tuple[int, int], set] = {}
     for run in (run for row in drawn for _, run in row.runs):
-        digests.setdefault((run.protocol.shot, run.protocol.seed), set()).add(run.protocol.samples_digest)
+        if run.protocol.samples_digest:
+            digests.setdefault((run.protocol.shot, run.protocol.seed), set()).add(run.protocol.samples_digest)
     differing = [f"{shot}-shot seed {seed}" for (shot, seed), found in sorted(digests.items()) if len(found) > 1]
     if differing:
         yield f"Rows were trained on different K-shot files at {', '.join(differing)}."

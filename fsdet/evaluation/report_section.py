@@ -31,6 +31,7 @@ class Comparison:
         metric: e.g. "nAP50".
         difference: over the pairs.
         alone: runs without a partner, which are left out, e.g. "tfa_cos: seed 2".
+        unverified: pairs of which a run, or both, does not record its K-shot files: they may be others.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Comparison:
     metric: str
     difference: PairedDifference
     alone: tuple[str, ...] = ()
+    unverified: int = 0
 
 
 @dataclass(frozen=True)

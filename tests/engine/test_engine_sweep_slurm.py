@@ -4,12 +4,15 @@ The jobs import this file, so that it imports nothing heavy.
 """
 
 import os
+import pickle
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fsdet.engine import sweep_slurm, sweep_slurm_records
 from fsdet.engine.sweep_run import PlannedRun
 from fsdet.engine.sweep_slurm import SlurmJobs, SlurmTask, _jobs, _outcomes, slurm_parameters
 
@@ -65,6 +68,7 @@ def test_local_executor_does_the_plan(runs, tmp_path, monkeypatch):
     for run in runs[4:]:
         assert reasons[run.folder] == f"needs {tmp_path}/bad, which has no result"
     assert len(list((tmp_path / "slurm").glob("*/*_submitted.pkl"))) == 3  # base, good, bad
+    assert not (tmp_path / "slurm" / "live").exists()  # nobody else could ask about these jobs
 
 
 def test_one_job_per_run_and_starting_weights_where_their_source_is(runs):
@@ -83,11 +87,22 @@ def slurm(tmp_path, monkeypatch):
     tools.mkdir()
     kept.mkdir()
     count = f'n=$((101 + $(ls {kept} | wc -l))); cp "$1" {kept}/$n; echo "Submitted batch job $n"'
-    for name, body in (("srun", ""), ("sbatch", count), ("scancel", f"echo $1 >> {tmp_path}/cancelled"), ("sacct", "")):
+    told = {"scancel": f"echo $1 >> {tmp_path}/cancelled", "sacct": f"cat {tmp_path}/states; echo >> {tmp_path}/asked"}
+    for name, body in {"srun": "", "sbatch": count, **told}.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)())  # no states of other tests
+    for module in (sweep_slurm, sweep_slurm_records):
+        monkeypatch.setattr(module, "_LATE_SECONDS", 0.0)
+    say_states(tmp_path)
     return kept
+
+
+def say_states(tmp_path, **states):
+    """What sacct answers; `_102_0` stands for job 102_0."""
+    lines = [f"{job.removeprefix('_')}|{state}|n1" for job, state in states.items()]
+    (tmp_path / "states").write_text("\n".join(["JobID|State|NodeList", *lines, ""]))
 
 
 def test_scripts_name_what_they_wait_for(runs, tmp_path, slurm):
@@ -137,6 +152,167 @@ def test_stopped_sweep_cancels_its_jobs(runs, tmp_path, slurm):
         list(jobs.work_off(runs[:1], leave_result, stop_this_process))
     assert stop.value.code == 143 and (tmp_path / "cancelled").read_text() == "101\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def killed(runs, tmp_path, slurm):
+    """A sweep that was killed after it had submitted all: base 101, good 102_0, bad 102_1, later 103."""
+    jobs = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    waiting, submitted = _jobs(runs, leave_result, make_weights), {}
+    for _ in range(3):
+        jobs._submit(waiting, submitted, set())
+    return {job.job_id: job for _, job in submitted.values()}
+
+
+def take_over(runs, tmp_path):
+    """A call after it: its jobs, what it would submit, what it took over, and what it refused."""
+    jobs, submitted = SlurmJobs("timeout_min=90", tmp_path / "slurm"), {}
+    waiting, refused = jobs._take_over(_jobs(runs, leave_result, make_weights), submitted, set())
+    return jobs, waiting, submitted, refused
+
+
+def records(tmp_path):
+    return sorted(path.stem for path in (tmp_path / "slurm" / "live").iterdir())
+
+
+def end_well(job, *runs):
+    for run in runs:
+        Path(run.folder).mkdir(parents=True)
+        (Path(run.folder) / "result.json").write_text("{}")
+    job.paths.result_pickle.write_bytes(pickle.dumps(("success", None)))
+
+
+def test_repeated_call_waits_for_the_jobs_of_the_killed_one(runs, tmp_path, slurm, killed):
+    assert records(tmp_path) == ["101", "102_0", "102_1", "103"]
+    say_states(tmp_path, _101="COMPLETING", **{"102_[0-1%2]": "PENDING"}, _103="SUSPENDED")
+    end_well(killed["101"], runs[0])
+    end_well(killed["102_0"], *runs[1:3])
+    end_well(killed["102_1"], *runs[3:5])
+    end_well(killed["103"], runs[5])
+    again = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    assert list(again.work_off(runs, leave_result, make_weights)) == [(run, "") for run in runs]
+    assert len(list(slurm.iterdir())) == 3  # nothing more was submitted
+    assert len((tmp_path / "asked").read_text().splitlines()) < 4  # about all jobs at once
+    assert records(tmp_path) == []
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED"])
+def test_live_jobs_are_not_submitted_again(runs, tmp_path, killed, state, monkeypatch):
+    say_states(tmp_path, _101=state)
+    monkeypatch.chdir(tmp_path)  # the same folder by another name
+    _, waiting, submitted, refused = take_over([replace(runs[0], folder="base")], tmp_path)
+    assert (waiting, refused, [job.job_id for _, job in submitted.values()]) == ([], [], ["101"])
+    assert records(tmp_path) == ["101"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED", "CANCELLED by 7", "TIMEOUT", "NODE_FAIL", None])
+def test_dead_and_unknown_jobs_are_forgotten(runs, tmp_path, killed, state):
+    say_states(tmp_path, **({"_101": state} if state else {}))
+    _, waiting, submitted, refused = take_over(runs[:1], tmp_path)
+    assert (submitted, refused, [task.runs for task in waiting]) == ({}, [], [(runs[0],)])
+    assert records(tmp_path) == []
+
+
+def test_accounting_may_lag_behind_a_submission(runs, tmp_path, killed, monkeypatch):
+    monkeypatch.setattr(sweep_slurm_records, "_LATE_SECONDS", 20.0)
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        say_states(tmp_path, _101="PENDING", _102_0="PENDING", _102_1="PENDING", _103="PENDING")
+        submitit.SlurmJob.watcher.clear()  # instead of the seconds until it asks again
+
+    monkeypatch.setattr(sweep_slurm.time, "sleep", pause)
+    _, waiting, submitted, _ = take_over(runs, tmp_path)
+    assert (waiting, len(submitted), len(pauses)) == ([], 4, 1)
+
+
+def test_new_jobs_wait_for_those_taken_over(runs, tmp_path, slurm):
+    first = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    first._submit(_jobs(runs, leave_result, make_weights), {}, set())  # killed after the base run's job, 101
+    say_states(tmp_path, _101="RUNNING")
+    more = planned(tmp_path / "more", tmp_path / "base")  # job 101 does not make its weights
+    jobs, waiting, submitted, _ = take_over([*runs, more], tmp_path)
+    assert jobs._submit(waiting, submitted, set()) == []
+    array = (slurm / "102").read_text()
+    assert "#SBATCH --dependency=afterok:101\n" in array and "#SBATCH --array=0-1%2\n" in array
+    jobs._submit(waiting, submitted, set())
+    assert [task.runs for task in waiting] == [(more,)] and len(list(slurm.iterdir())) == 3
+    end_well(submitted.pop(runs[0].folder)[1], runs[0])
+    jobs._submit(waiting, submitted, set())
+    assert (tmp_path / "weights").exists()  # made here, since the base run has ended
+    assert waiting == [] and "dependency" not in (slurm / "104").read_text()
+
+
+def test_job_of_another_recipe_is_left_alone(runs, tmp_path, slurm, killed):
+    say_states(tmp_path, _101="RUNNING", _102_0="PENDING", _102_1="PENDING", _103="PENDING")
+    again = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    changed = [replace(runs[0], digest="other"), *runs[1:3]]
+    reasons = {run.folder: reason for run, reason in again.work_off(changed, leave_result, make_weights)}
+    assert "job 101 of an earlier call (running)" in reasons[runs[0].folder]
+    assert "scancel 101" in reasons[runs[0].folder] and "wait for its end" in reasons[runs[0].folder]
+    assert reasons[runs[1].folder] == f"needs {tmp_path}/base, which has no result"
+    assert len(reasons) == 3 and len(list(slurm.iterdir())) == 3  # nothing more was submitted
+    assert records(tmp_path) == ["101", "102_0", "102_1", "103"] and not (tmp_path / "cancelled").exists()
+
+
+def test_job_that_waits_for_a_dead_one_is_replaced(runs, tmp_path, killed):
+    say_states(tmp_path, _101="NODE_FAIL", _102_0="PENDING", _102_1="RUNNING", _103="PENDING")
+    _, waiting, submitted, _ = take_over(runs, tmp_path)
+    assert [task.runs for task in waiting] == [(runs[0],), tuple(runs[1:3])]
+    assert (tmp_path / "cancelled").read_text() == "102_0\n"
+    assert [job.job_id for _, job in submitted.values()] == ["102_1", "103"] and records(tmp_path) == ["102_1", "103"]
+
+
+def test_evaluation_goes_on_in_the_job_of_its_finished_run(runs, tmp_path, killed):
+    say_states(tmp_path, _102_0="RUNNING")
+    _, waiting, submitted, _ = take_over(runs[2:3], tmp_path)
+    assert waiting == [] and [job.job_id for _, job in submitted.values()] == ["102_0"]
+
+
+def test_evaluation_that_a_live_job_lacks_is_submitted_after_it(runs, tmp_path, slurm):
+    first = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    first._submit(_jobs(runs[1:2], leave_result, print), {}, set())  # without --calibration both
+    say_states(tmp_path, _101="RUNNING")
+    jobs, waiting, submitted, _ = take_over(runs[1:3], tmp_path)
+    assert [task.runs for task in waiting] == [(runs[2],)] and submitted[runs[1].folder][0].runs == (runs[1],)
+    jobs._submit(waiting, submitted, set())
+    assert len(waiting) == 1
+    submitted.clear()  # it has ended
+    jobs._submit(waiting, submitted, set())
+    assert submitted[runs[2].folder][1].job_id == "102"
+
+
+def test_stopped_sweep_cancels_jobs_taken_over_and_forgets_them(runs, tmp_path, slurm, killed):
+    say_states(tmp_path, _101="RUNNING", _102_0="PENDING", _102_1="PENDING", _103="PENDING")
+    again = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    with pytest.raises(SystemExit):
+        list(again.work_off([runs[0], planned(tmp_path / "alone")], leave_result, stop_this_process))
+    assert (tmp_path / "cancelled").read_text() == "101\n104\n"
+    assert records(tmp_path) == ["102_0", "102_1", "103"]  # those of others
+
+
+def test_suspended_job_has_not_ended(runs, tmp_path, killed, monkeypatch):
+    monkeypatch.setattr(sweep_slurm, "ASK_SECONDS", 0.0)
+    say_states(tmp_path, _101="SUSPENDED")
+    jobs, _, submitted, _ = take_over(runs[:1], tmp_path)
+    job = submitted[runs[0].folder][1]
+    assert job.done() and not jobs._has_ended(job)  # submitit takes it for ended
+    say_states(tmp_path, _101="FAILED")
+    assert jobs._has_ended(job)
+
+
+def test_suspended_job_is_waited_for(runs, tmp_path, killed, monkeypatch):
+    say_states(tmp_path, _101="SUSPENDED")
+    monkeypatch.setattr(sweep_slurm.time, "sleep", lambda seconds: end_well(killed["101"], runs[0]))
+    jobs = SlurmJobs("timeout_min=90", tmp_path / "slurm")
+    assert list(jobs.work_off(runs[:1], leave_result, make_weights)) == [(runs[0], "")]
+
+
+def test_broken_record_is_named(runs, tmp_path, killed):
+    (tmp_path / "slurm" / "live" / "102_0.json").write_text('{"job": "102_0"}')
+    with pytest.raises(ValueError, match=r"live/102_0.json is no record .* cancel job 102_0"):
+        take_over(runs, tmp_path)
 
 
 class EndedJob:

@@ -64,6 +64,27 @@ def test_runs_on_other_shots_are_left_out_and_named(tmp_path):
     assert "Fewer than 3 pairs are no evidence" in table.note
 
 
+def test_unrecorded_shots_are_paired_and_counted(tmp_path):
+    """Seed 1 is unknown on one side and seed 2 on both; 5 shots are all known."""
+    for seed in range(3):
+        make_run(tmp_path, "defrcn", 1, seed, nap50=30.0 + seed, **({"samples_digest": None} if seed else {}))
+        make_run(tmp_path, "tfa", 1, seed, nap50=20.0, **({"samples_digest": None} if seed == 2 else {}))
+        make_run(tmp_path, "defrcn", 5, seed)
+        make_run(tmp_path, "tfa", 5, seed)
+    results = load_results([tmp_path])
+    sections = build_report(results, compare=[("defrcn", "tfa")], metrics=["nAP50", "nAP"])
+    assert [(item.shot, item.unverified) for item in sections[0].comparisons] == [(1, 2), (1, 2), (5, 0), (5, 0)]
+    assert sections[0].comparisons[0].difference.values == pytest.approx((10.0, 11.0, 12.0))
+    assert "Not verified: in 2 of 6 pairs a result does not record" in pair_rows(sections, "defrcn minus tfa").note
+    assert json.loads(render_report(sections, "json"))[0]["comparisons"][0]["unverified"] == 2
+
+
+def test_recorded_shots_need_no_note(tmp_path):
+    calibrated_runs(tmp_path)
+    sections = build_report(load_results([tmp_path]), metrics=["nAP50"])
+    assert "Not verified" not in pair_rows(sections, "Calibration").note
+
+
 def test_runs_without_partner_are_named(tmp_path):
     calibrated_runs(tmp_path)
     next((tmp_path / "pcb").rglob("1shot_seed2_0/result.json")).unlink()
