@@ -265,6 +265,7 @@ def test_starts_from_another_detector(config, tmp_path):
         (["INPUT.FS.SUPPORT_WAY", "3"], "SUPPORT_WAY is 3"),
         (["INPUT.FS.SUPPORT_SHOT", "0"], "SUPPORT_SHOT is 0"),
         (["FEWX.RELATIONS", "('global', 'remote')"], "RELATIONS is"),
+        (["FEWX.CORRELATION", "largest"], 'CORRELATION is "largest"'),
         (["INPUT.FS.SAMPLING", "often"], 'SAMPLING is "often"'),
         (["MODEL.ROI_HEADS.NAME", "FewShotROIHeads"], "a C4 network"),
         (["SOLVER.MAX_ITER", "0"], "MAX_ITER is 0"),

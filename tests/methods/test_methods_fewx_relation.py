@@ -51,6 +51,16 @@ def test_rows_of_several_classes_equal_pairs_one_by_one():
             torch.testing.assert_close(apart[name][row], scores[name][0], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_mean_correlation_is_the_sum_over_the_number_of_cells():
+    head, (regions, support, index) = head_of(), pairs()
+    mean = MultiRelationHead(C, P, mean_correlation=True).eval()
+    mean.load_state_dict(head.state_dict())
+    vectors = [one.vectors(one.embed(regions), one.encode(support), index) for one in (head, mean)]
+    torch.testing.assert_close(vectors[1]["local"], vectors[0]["local"] / P**2)
+    assert all(torch.equal(vectors[0][name], vectors[1][name]) for name in ("global", "patch"))
+
+
 @pytest.mark.parametrize(
     ("relations", "absent"),
     [

@@ -40,6 +40,9 @@ def add_config(cfg: CfgNode) -> None:
     # Relation heads whose scores are summed. Whatever is left out, the patch head keeps its box regression: there is no
     # other one.
     fewx.RELATIONS = ("global", "local", "patch")
+    # What the local head makes of the cells: "sum" as in the release; "mean" (ours) learns with larger rates, and much
+    # sooner.
+    fewx.CORRELATION = "sum"
     # Separate positive and negative pass at half of all rows, as the release does (wrong when the two passes have
     # different numbers of regions).
     fewx.LEGACY_BOUNDARY = False

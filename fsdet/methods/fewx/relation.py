@@ -82,13 +82,17 @@ class MultiRelationHead(nn.Module):
     Where `relations` leaves out "patch", its layers remain for the boxes and `cls_score_pr` is absent.
     """
 
-    def __init__(self, channels: int, cells: int, relations: Sequence[str] = RELATIONS) -> None:
+    def __init__(
+        self, channels: int, cells: int, relations: Sequence[str] = RELATIONS, *, mean_correlation: bool = False
+    ) -> None:
         """Make the layers, initialised as in the release.
 
         Args:
             channels: C of the region features, a multiple of 4.
             cells: P, at least 5 (the release: 7).
             relations: heads whose scores are summed; at least one of "global", "local", "patch".
+            mean_correlation: the local head averages over the cells where the release sums (ours). The sum is some
+                fifty times what the other heads read, so that large learning rates end at a constant prediction.
         Raises: ValueError for an unknown, repeated or missing head, and for too few cells.
         """
         super().__init__()
@@ -100,6 +104,7 @@ class MultiRelationHead(nn.Module):
                 f"{MIN_CELLS}; set MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION to 9 or more (the release: 14)"
             )
         self.channels, self.relations = channels, tuple(name for name in RELATIONS if name in relations)
+        self.correlation_scale = 1 / cells**2 if mean_correlation else 1.0
         narrow = channels // 4
         self.conv_1 = nn.Conv2d(2 * channels, narrow, 1, bias=False)
         self.conv_2 = FilteredConv2d(narrow, narrow, padding=0, bias=False)
@@ -148,7 +153,8 @@ class MultiRelationHead(nn.Module):
         if regions.pooled is not None:
             result["global"] = self.fc_2(F.relu(regions.pooled + support.pooled[index])).relu()
         if regions.embedded is not None:
-            result["local"] = _by_class(_correlation, regions.embedded, support.embedded, index).relu()
+            correlation = _by_class(_correlation, regions.embedded, support.embedded, index)
+            result["local"] = (correlation * self.correlation_scale).relu()
         patch = F.relu(_by_class(torch.add, regions.patch, support.patch, index))
         patch = self.conv_2(F.avg_pool2d(patch, 3, stride=1))
         result["patch"] = self.conv_3(patch).relu().mean(dim=(2, 3))

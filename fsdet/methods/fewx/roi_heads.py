@@ -97,7 +97,10 @@ class RelationRes5ROIHeads(FewShotRes5ROIHeads):
             pooler_type=box_head.POOLER_TYPE,
         )
         args["box_predictor"] = MultiRelationHead(
-            args["box_predictor"].cls_score.in_features, -(-box_head.POOLER_RESOLUTION // 2), cfg.FEWX.RELATIONS
+            args["box_predictor"].cls_score.in_features,
+            -(-box_head.POOLER_RESOLUTION // 2),
+            cfg.FEWX.RELATIONS,
+            mean_correlation=cfg.FEWX.CORRELATION == "mean",
         )
         return {
             **args,

@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 
 from fsdet.methods.fewx.relation import RELATIONS
 
+CORRELATIONS = ("sum", "mean")
+
 
 def range_faults(cfg: CfgNode) -> list[str]:
     """One line for each number of FEWX.* and INPUT.FS.SUPPORT_WAY that cannot be."""
@@ -14,6 +16,8 @@ def range_faults(cfg: CfgNode) -> list[str]:
         for key, least in (("TEST_SHOTS", 1), ("ROWS_AT_ONCE", 1), ("SHARED_PROPOSALS", 0))
         if cfg.FEWX[key] < least
     ]
+    if cfg.FEWX.CORRELATION not in CORRELATIONS:
+        faults.append(f'FEWX.CORRELATION is "{cfg.FEWX.CORRELATION}"; expected one of {CORRELATIONS}')
     if cfg.INPUT.FS.SUPPORT_WAY != 2:
         faults.append(
             f"INPUT.FS.SUPPORT_WAY is {cfg.INPUT.FS.SUPPORT_WAY}; two-way contrastive training takes the query's class "
