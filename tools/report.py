@@ -50,7 +50,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="METHOD",
-        help="paired difference of two methods, or of two rows by their labels; may be repeated",
+        help="paired difference of two methods by their ids (tfa_cos), or of two rows by their labels as tables show "
+        "them, with names or ids and the calibration short or in full (tfa_cos + pcb); may be repeated",
     )
     parser.add_argument("--gallery", nargs="+", type=Path, default=[], metavar="RUN", help="run folders to show")
     parser.add_argument("--gallery-classes", nargs="+", default=[], metavar="CLASS", help="default: all novel classes")

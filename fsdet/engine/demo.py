@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from fsdet.data.catalog import load_records
-from fsdet.data.drawing import Mark, Section, class_colours, contact_sheet, crop_around, draw_marks
+from fsdet.data.drawing import Section, contact_sheet, crop_around, draw_marks
 from fsdet.data.quickstart import make_quickstart
 from fsdet.data.support import SupportSet
+from fsdet.engine.detection import Detection
 from fsdet.engine.predictor import Predictor
 from fsdet.engine.setup import dataset_sources, dataset_specs, load_config, run_classes
 from fsdet.engine.sweep import Sweep, run_sweep
+from fsdet.evaluation.ground_truth import Detections, ground_truth_from_records
 from fsdet.evaluation.report import write_report
+from fsdet.evaluation.report_gallery import verdict_marks
+from fsdet.evaluation.report_labels import method_name
 from fsdet.evaluation.result import read_result
 
 # The base training of the two-minute form.
@@ -67,7 +73,7 @@ def describe(path: Path, output: Path) -> str:
 def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float = 0.4) -> Path:
     """Contact sheet of one run: its novel supports above its detections on test pictures with novel objects."""
     cfg = load_config(str(run_folder / "config.yaml"))
-    names, colours = run_classes(cfg), class_colours(run_classes(cfg))
+    names = run_classes(cfg)
     train, test = (load_records(spec, dataset_sources(cfg)) for spec in dataset_specs(cfg))
     predictor = Predictor.from_run(run_folder, threshold=threshold)
     supports = SupportSet.from_records(train, names)
@@ -80,20 +86,41 @@ def draw_sheet(run_folder: Path, path: Path, *, count: int = 8, threshold: float
             captions.append(name)
     novel_ids = {names.index(name) for name in predictor.novel_names}
     shown = [r for r in test if novel_ids & {a["category_id"] for a in r["annotations"]}][:count]
-    drawn = []
-    for record in shown:
-        found = predictor(record["file_name"])
-        marks = [Mark(d.box, f"{d.class_name} {d.score:.2f}", colours[d.class_name]) for d in found]
-        with Image.open(record["file_name"]) as image:
-            drawn.append(draw_marks(image, marks, min_side=250))  # about the width of a tile
+    drawn = draw_judged(shown, [predictor(record["file_name"]) for record in shown], names)
+    below = f"Detections on test pictures, score at least {threshold}: green right, orange wrong, yellow missed"
     sheet = contact_sheet(
         [
             Section(
                 crops, captions, title="Supports: examples of the novel classes that fine-tuning has seen", columns=12
             ),
-            Section(drawn, title=f"Detections on test pictures, score at least {threshold}", columns=4),
+            Section(drawn, title=below, columns=4),
         ],
-        title=f"{cfg.FEWSHOT.METHOD}, {cfg.FEWSHOT.SHOT} shots, seed {cfg.FEWSHOT.SEED}",
+        title=f"{method_name(cfg.FEWSHOT.METHOD)}, {cfg.FEWSHOT.SHOT} shots, seed {cfg.FEWSHOT.SEED}",
     )
     sheet.save(path, quality=90)
     return path
+
+
+def draw_judged(
+    records: Sequence[dict[str, Any]], found: Sequence[Sequence[Detection]], names: Sequence[str]
+) -> list[Image.Image]:
+    """Annotated pictures with the detections in each, coloured as in the report's gallery.
+
+    Args:
+        records: Detectron2 records of the pictures.
+        found: detections of each picture.
+        names: classes by the category ids of the records.
+    """
+    rows = [(index, detection) for index, detections in enumerate(found) for detection in detections]
+    detections = Detections(
+        image_index=np.array([index for index, _ in rows], dtype=np.int64),
+        boxes=np.array([detection.box for _, detection in rows], dtype=np.float64).reshape(-1, 4),
+        scores=np.array([detection.score for _, detection in rows], dtype=np.float64),
+        class_ids=np.array([names.index(detection.class_name) for _, detection in rows], dtype=np.int64),
+    )
+    judged = verdict_marks(ground_truth_from_records(records, names), detections)
+    drawn = []
+    for record, marks in zip(records, judged, strict=True):
+        with Image.open(record["file_name"]) as image:
+            drawn.append(draw_marks(image, marks, min_side=250))  # about the width of a tile
+    return drawn

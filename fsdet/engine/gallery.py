@@ -24,6 +24,7 @@ from fsdet.engine.setup import (
 from fsdet.evaluation.evaluator import DETECTIONS_FILE
 from fsdet.evaluation.ground_truth import Detections, GroundTruth, load_ground_truth
 from fsdet.evaluation.report_gallery import Gallery, GalleryRow, Picture, draw_example, draw_support
+from fsdet.evaluation.report_labels import method_name
 from fsdet.evaluation.report_matching import choose, judge, read_detections
 from fsdet.evaluation.result import RunResult, read_result
 
@@ -142,7 +143,7 @@ def _title(cfg: CfgNode, result: RunResult | None) -> str:
     fewshot = cfg.FEWSHOT
     calibration = f" + {result.protocol.calibration}" if result and result.protocol.calibration else ""
     repeat = f", repeat {fewshot.REPEAT}" if fewshot.REPEAT else ""
-    return f"{fewshot.METHOD}{calibration}, {fewshot.SHOT}-shot, seed {fewshot.SEED}{repeat}"
+    return f"{method_name(fewshot.METHOD)}{calibration}, {fewshot.SHOT}-shot, seed {fewshot.SEED}{repeat}"
 
 
 def _notes(cfg: CfgNode, folder: Path, truth: GroundTruth) -> list[str]:

@@ -15,20 +15,13 @@ from pathlib import Path
 
 from .report_gallery import Gallery
 from .report_html import render_html
+from .report_labels import Labels
 from .report_pairs import asked_comparisons, calibration_comparisons, comparison_table, why_not
-from .report_protocol import remarks, shared_facts
+from .report_protocol import remarks, section_title, shared_facts
 from .report_render import render_brief, render_csv, render_json, render_markdown, render_pairs_csv, render_text
 from .report_rows import Row, check_seeds, group_runs, load_results
 from .report_section import Section
-from .report_tables import (
-    class_tables,
-    cost_table,
-    headline_tables,
-    label_fields,
-    protocol_table,
-    row_label,
-    spread_table,
-)
+from .report_tables import class_tables, cost_table, headline_tables, protocol_table, spread_table
 from .report_unfinished import find_unfinished, unfinished_section
 from .result import RunResult
 
@@ -69,7 +62,7 @@ def write_report(
         metrics: headline metrics; empty for those usual on the benchmark.
         seeds: seeds to average over; None for 0 ... the largest seed found in a section.
         allow_missing: average over the seeds that are there.
-        compare: pairs of methods, or of row labels, to compare seed by seed.
+        compare: pairs of methods by their ids, or of row labels, to compare seed by seed.
         galleries: pictures for the HTML page.
         repeats: repetitions of each seed to average over, from the first; None for all.
     Returns: the rendered text.
@@ -188,9 +181,8 @@ def build_report(
     for row in rows:
         groups.setdefault(_section_key(row), []).append(row)
     sections = tuple(_section(members, metrics, compare) for members in groups.values())
-    titles = {(item.first, item.second) for section in sections for item in section.comparisons}
     for first, second in compare:
-        _check_compared(sections, (first, second), titles)
+        _check_compared(sections, (first, second))
     return sections
 
 
@@ -198,57 +190,50 @@ def _section_key(row: Row) -> tuple:
     return tuple(getattr(row.protocol, name) for name in SECTION_FIELDS)
 
 
-def _check_compared(sections: Sequence[Section], pair: tuple[str, str], done: set[tuple[str, str]]) -> None:
-    """Raise where a pair that was asked for has led to no comparison."""
-    named = [labelled for section in sections for labelled in section.novel]
-    methods = {label: row.protocol.method for label, row in named}
-    if pair not in done and pair not in {(methods[first], methods[second]) for first, second in done}:
-        raise ValueError(
-            f"Nothing to compare between {' and '.join(pair)}: {why_not(named, pair)}. Apart from the method all "
-            "protocol fields of two rows must agree; rows can also be named as the tables label them"
-        )
+def _check_compared(sections: Sequence[Section], pair: tuple[str, str]) -> None:
+    """Raise where a pair that was asked for leads to no comparison."""
+    named = []
+    for section in sections:
+        rows = [row for _, row in section.novel]
+        if any(asked_comparisons(rows, section.naming, section.metrics, pair)):
+            return
+        named += [(section.naming.accepted(row), row) for row in rows]
+    raise ValueError(
+        f"Nothing to compare between {' and '.join(pair)}: {why_not(named, pair)}. Apart from the method all "
+        "protocol fields of two rows must agree; rows can also be named as the tables label them"
+    )
 
 
 def _section(rows: Sequence[Row], metrics: Sequence[str], compare: Sequence[tuple[str, str]]) -> Section:
     available = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     usual = HEADLINES.get(rows[0].protocol.benchmark, HEADLINES["other"])
     shown = tuple(metric for metric in metrics or usual if metric in available) or tuple(available[:3])
-    fields = label_fields(rows)
-
-    def label(row: Row) -> str:
-        return row_label(row, fields)
-
-    named = [(label(row), row) for row in rows if row.protocol.stage != "base"]
-    comparisons = [item for pair in dict.fromkeys(compare) for item in asked_comparisons(named, shown, pair)]
-    comparisons += calibration_comparisons(named, shown)
-    headlines = list(headline_tables(rows, shown, label))
+    naming = Labels.of(rows)
+    novel = [row for row in rows if row.protocol.stage != "base"]
+    comparisons = [item for pair in compare for item in asked_comparisons(novel, naming, shown, pair)]
+    comparisons += calibration_comparisons(novel, naming, shown)
+    headlines = list(headline_tables(rows, shown, naming.shown))
     section = Section(
-        title=_title(rows),
+        title=section_title(rows),
         rows=tuple(rows),
         metrics=shown,
-        labels=tuple(label(row) for row in rows),
         tables=(),
+        naming=naming,
         headlines=len(headlines),
         protocol=shared_facts(rows),
-        notes=tuple(remarks(rows, [label(row) for row in rows])),
-        comparisons=tuple(comparisons),
+        notes=tuple(remarks(rows, list(map(naming.shown, rows)))),
+        # A pair may be asked for by several names.
+        comparisons=tuple({(item.title, item.item, item.shot, item.metric): item for item in comparisons}.values()),
     )
     tables = [
         *headlines,
         *map(comparison_table, section.groups().values()),
-        spread_table(rows, shown, label),
-        *class_tables(rows, label),
-        cost_table(rows, label),
+        spread_table(rows, shown, naming.shown),
+        *class_tables(rows, naming.shown),
+        cost_table(rows, naming.shown),
     ]
-    differing = protocol_table(rows, fields, label)
+    differing = protocol_table(rows, naming.fields, naming.shown)
     return replace(section, tables=(*tables, *([differing] if differing else [])))
-
-
-def _title(rows: Sequence[Row]) -> str:
-    p = rows[0].protocol
-    split = f" split {p.split}" if p.split else ""
-    setting = "base stage" if all(row.protocol.stage == "base" for row in rows) else p.setting
-    return f"{p.benchmark}{split}, {setting}: {p.test_set}, {p.test_images} images, {p.evaluation}"
 
 
 def _write(path: Path, text: str) -> None:

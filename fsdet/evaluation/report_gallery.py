@@ -18,7 +18,7 @@ from PIL import Image
 from fsdet.data.drawing import RGB, XYXY, Mark, crop_around, draw_marks
 
 from .ground_truth import Detections, GroundTruth
-from .report_matching import CORRECT, FALSE, Example, Judged, overlap, why_false
+from .report_matching import CORRECT, FALSE, Example, Judged, judge, overlap, why_false
 
 BUDGET = 6 * 2**20  # bytes of all pictures of a page, as text
 SIDE, SUPPORT_SIDE = 320, 144  # px, longer side of a picture; larger ones would only make its labels smaller
@@ -33,6 +33,7 @@ COLOURS: dict[str, RGB] = {
     "truth": (255, 255, 255),
     "ignored": (150, 150, 150),
 }
+SIGNS = {CORRECT: "✓ ", FALSE: "✗ "}
 KINDS = {"best": CORRECT, "median": CORRECT, "false": FALSE, "missed": "missed"}
 
 
@@ -109,14 +110,33 @@ def draw_example(
     else:
         row = judged.rows[example.rank]
         verdict, score = judged.verdicts[example.rank], detections.scores[row]
-        sign = "✓" if verdict == CORRECT else "✗"
         caption, cause = _caption(truth, detections, judged, example)
         if cause >= 0 and truth.class_ids[cause] != judged.class_id:
             marks.append(
                 Mark(_corners(truth, cause), truth.class_names[truth.class_ids[cause]], COLOURS["truth"], True)
             )
-        marks.append(Mark(tuple(detections.boxes[row]), f"{sign} {score:.2f}", COLOURS[verdict]))
+        marks.append(Mark(tuple(detections.boxes[row]), f"{SIGNS[verdict]}{score:.2f}", COLOURS[verdict]))
     return Picture(_draw(Image.fromarray(image), marks), caption, KINDS[example.role])
+
+
+def verdict_marks(truth: GroundTruth, detections: Detections) -> list[list[Mark]]:
+    """Every detection and every missed object of some test images, in the colours of the gallery.
+
+    Returns: a list for each image: the missed objects, then the detections by rising score, so that the best are drawn
+        on top.
+    """
+    marks: list[list[Mark]] = [[] for _ in truth.image_ids]
+    verdicts = np.empty(len(detections), dtype=object)
+    for class_id, name in enumerate(truth.class_names):
+        judged = judge(truth, detections, class_id)
+        verdicts[judged.rows] = judged.verdicts
+        for item in judged.missed:
+            marks[truth.image_index[item]].append(Mark(_corners(truth, item), f"{name} missed", COLOURS["missed"]))
+    for row in np.argsort(detections.scores, kind="stable"):
+        verdict, name = verdicts[row], truth.class_names[detections.class_ids[row]]
+        label = f"{SIGNS.get(verdict, '')}{name} {detections.scores[row]:.2f}"
+        marks[detections.image_index[row]].append(Mark(tuple(detections.boxes[row]), label, COLOURS[verdict]))
+    return marks
 
 
 def render_galleries(galleries: Sequence[Gallery], budget: int = BUDGET) -> list[str]:

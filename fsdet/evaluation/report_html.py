@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
 from .report_gallery import Gallery, render_galleries
+from .report_pairs import telling
 from .report_plot import differences_plot, is_wide, legend, shots_plot
 from .report_section import Comparison, Section, Table
 from .report_style import STYLE
-from .report_tables import INTERVAL_NOTE
+from .report_tables import INTERVAL_NOTE, metric_group
 
 TITLE = "Few-shot detection results"
-GROUPS = {"n": "Novel classes", "b": "Base classes", "": "All classes"}
 
 
 def render_html(sections: Sequence[Section], galleries: Sequence[Gallery] = ()) -> str:
@@ -94,7 +95,8 @@ def _section(anchor: str, section: Section) -> str:
     if section.novel:
         body.append(_curves(anchor, section))
     blocks = "".join(f"<div><h4>{_metric_words(m)}</h4>{_table(t)}</div>" for m, t in _by_metric(section, headlines))
-    body.append(_card(f"{anchor}-results", f'<h3>Results</h3><div class="tables">{blocks}</div>', INTERVAL_NOTE))
+    notes = (INTERVAL_NOTE, *section.naming.key())
+    body.append(_card(f"{anchor}-results", f'<h3>Results</h3><div class="tables">{blocks}</div>', *notes))
     anchors = iter([f' id="{anchor}-pairs"'])
     for title, table in pairs.items():
         body.append(f"<div{next(anchors, '')}>{_comparison(groups[title], table)}</div>")
@@ -133,10 +135,20 @@ def _curves(anchor: str, section: Section) -> str:
 
 
 def _comparison(items: Sequence[Comparison], table: Table) -> str:
-    metrics = dict.fromkeys(item.metric for item in items)
+    metrics = dict.fromkeys(item.metric for item in telling(items))
     plots = ((metric, differences_plot(items, metric)) for metric in metrics)
     grid = "".join(f"<div><h4>{_metric_words(metric)}</h4>{plot}</div>" for metric, plot in plots if plot)
-    return _card("", f'<h3>{escape(table.title)}</h3><div class="grid">{grid}</div><br>{_table(table)}', table.note)
+    below = f'<div class="grid">{grid}</div><br>{_pairs(table)}' if table.rows else ""
+    return _card("", f"<h3>{escape(table.title)}</h3>{below}", table.note)
+
+
+def _pairs(table: Table) -> str:
+    """A table of comparisons; its last column, which is wide, folded below it."""
+    names = table.header.index("metric") + 1
+    header, *rows = ((*row[:names], row[-1]) for row in (table.header, *table.rows))
+    means = replace(table, header=table.header[:-1], rows=tuple(row[:-1] for row in table.rows))
+    single = replace(table, header=header, rows=tuple(rows))
+    return f"{_table(means)}<details class=single><summary>Pair by pair</summary>{_table(single)}</details>"
 
 
 def _details(table: Table) -> str:
@@ -144,15 +156,14 @@ def _details(table: Table) -> str:
     return f'<details class="card"><summary>{escape(table.title)}</summary>{_table(table)}{note}</details>'
 
 
-def _card(anchor: str, content: str, note: str = "") -> str:
+def _card(anchor: str, content: str, *notes: str) -> str:
     place = f' id="{anchor}"' if anchor else ""
-    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    below = "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
     return f'<div class="card"{place}>{content}{below}</div>'
 
 
 def _metric_words(metric: str) -> str:
-    prefix = metric[0] if metric[0] in "nb" else ""
-    return f"{GROUPS[prefix]} <span>{escape(metric)}, %</span>"
+    return f"{metric_group(metric)} <span>{escape(metric)}, %</span>"
 
 
 def _table(table: Table, *, words: bool = False) -> str:

@@ -8,15 +8,15 @@ record its files is paired by its seed alone, and the table says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from .aggregate import paired_difference
+from .report_labels import Labels
 from .report_rows import Row, seed_words
 from .report_section import Comparison, Table
-from .report_tables import cell, number, shot_name
+from .report_tables import cell, metric_group, number, shot_name
 
-Labelled = tuple[str, Row]
 Key = tuple[int, int]  # seed, repeat
 
 SHOWN_PAIRS = 10  # longer lists of differences are left to the files
@@ -32,54 +32,53 @@ FEW = (
 )
 
 
-def asked_comparisons(rows: Sequence[Labelled], metrics: Sequence[str], pair: tuple[str, str]) -> Iterator[Comparison]:
+def asked_comparisons(
+    rows: Sequence[Row], naming: Labels, metrics: Sequence[str], pair: tuple[str, str]
+) -> Iterator[Comparison]:
     """Compare two methods, or two rows by their labels (those may differ in calibration too).
 
     Args:
-        rows: novel-stage rows with their labels.
+        rows: of the novel stage.
+        naming: their labels.
         metrics: to compare on.
-        pair: names of two methods, or labels as the tables show them.
+        pair: ids of two methods, or labels, as the tables show them or in full.
     Raises: ValueError where two runs of one seed were trained on other K shots; names the files.
     """
-    methods = {row.protocol.method for _, row in rows}
+    methods = {row.protocol.method for row in rows}
     by_label = any(name not in methods for name in pair)
     free = {"method", "base_model", "calibration"} if by_label else {"method", "base_model"}
 
-    def chosen(name: str) -> list[Labelled]:
-        return [(label, row) for label, row in rows if name == (label if by_label else row.protocol.method)]
+    def chosen(name: str) -> list[Row]:
+        return [row for row in rows if name in (naming.accepted(row) if by_label else {row.protocol.method})]
 
     for first in chosen(pair[0]):
         for second in chosen(pair[1]):
-            differing = _differing(first[1], second[1])
+            differing = _differing(first, second)
             if differing and differing <= free:
-                if other := _other_samples(first[1], second[1]):
+                if other := _other_samples(first, second):
                     left, right = next(iter(other.values()))
                     raise ValueError(
                         f"{left} and {right} have the same seed but other K-shot files, so that they are no pair; draw "
                         "the files once and run both methods on them"
                     )
-                yield from _compare(f"{first[0]} minus {second[0]}", "", first, second, metrics)
+                title = f"{naming.shown(first)} minus {naming.shown(second)}"
+                yield from _compare(title, "", first, second, naming, metrics)
 
 
-def calibration_comparisons(rows: Sequence[Labelled], metrics: Sequence[str]) -> Iterator[Comparison]:
+def calibration_comparisons(rows: Sequence[Row], naming: Labels, metrics: Sequence[str]) -> Iterator[Comparison]:
     """Compare every calibrated row with the plain row of the same runs, where it is there."""
     for first in rows:
-        calibration = first[1].protocol.calibration
+        calibration = first.protocol.calibration
+        title = f"Calibration ({naming.short(calibration)}): with minus without"
         for second in rows:
-            if (
-                calibration
-                and not second[1].protocol.calibration
-                and _differing(first[1], second[1]) == {"calibration"}
-            ):
-                yield from _compare(
-                    f"Calibration ({calibration}): with minus without", second[0], first, second, metrics
-                )
+            if calibration and not second.protocol.calibration and _differing(first, second) == {"calibration"}:
+                yield from _compare(title, naming.shown(second), first, second, naming, metrics)
 
 
-def why_not(rows: Sequence[Labelled], pair: tuple[str, str]) -> str:
-    """Why nothing can be compared between two names."""
+def why_not(rows: Sequence[tuple[Collection[str], Row]], pair: tuple[str, str]) -> str:
+    """Why nothing can be compared between two names; `rows` come with the labels that name them."""
     known = sorted({row.protocol.method for _, row in rows})
-    found = [[row for label, row in rows if name in (label, row.protocol.method)] for name in pair]
+    found = [[row for labels, row in rows if name in labels or name == row.protocol.method] for name in pair]
     if pair[0] == pair[1]:
         return "they are one name"
     if all(found):
@@ -89,11 +88,17 @@ def why_not(rows: Sequence[Labelled], pair: tuple[str, str]) -> str:
     return f"the results have the methods {known}"
 
 
+def telling(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """One group of comparisons without the metrics in which all pairs of runs are equal."""
+    unequal = {item.metric for item in comparisons if any(value != 0 for value in item.difference.values)}
+    return [item for item in comparisons if item.metric in unequal]
+
+
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """One group of comparisons with intervals, p values and the difference of every pair."""
+    """One group of comparisons with intervals, p values and the difference of every pair; of equal ones only a note."""
     items = any(item.item for item in comparisons)
     lines = []
-    for item in comparisons:
+    for item in telling(comparisons):
         d = item.difference
         shown = [f"{value:+.2f}" for value in d.values[:SHOWN_PAIRS]]
         lines.append(
@@ -114,13 +119,21 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     names = ("with", "without") if items else sides if max(map(len, sides)) <= SHORT else ("first", "second")
     header = ("shots", "metric", *names, "difference", "pairs", "higher", "p (t test)", "p (Wilcoxon)", "each pair")
     alone = list(dict.fromkeys(text for item in comparisons for text in item.alone))
-    notes = [NOTE, *_unverified(comparisons)]
+    notes = [*_equal(comparisons), NOTE, *_unverified(comparisons)]
     if any(len(item.difference.seeds) < 3 for item in comparisons):
         notes.append(FEW)
     if alone:
         notes.append(f"Left out, without a partner: {'; '.join(alone)}.")
     title = f"{comparisons[0].title}, paired by seed"
     return Table(title, (*(("method",) if items else ()), *header), tuple(lines), " ".join(notes))
+
+
+def _equal(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    shown = {item.metric for item in telling(comparisons)}
+    groups: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(item.metric for item in comparisons if item.metric not in shown):
+        groups.setdefault(metric_group(metric), []).append(metric)
+    yield from (f"{group} ({', '.join(metrics)}): equal in every run." for group, metrics in groups.items())
 
 
 def _unverified(comparisons: Sequence[Comparison]) -> Iterator[str]:
@@ -138,13 +151,14 @@ def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else number(value, 3)
 
 
-def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: Sequence[str]) -> Iterator[Comparison]:
-    (left_label, left), (right_label, right) = first, second
+def _compare(
+    title: str, item: str, left: Row, right: Row, naming: Labels, metrics: Sequence[str]
+) -> Iterator[Comparison]:
     other, digests = _other_samples(left, right), _digests(left, right)
     shared = sorted((set(left.keys) & set(right.keys)) - set(other))
     alone = [
-        f"{label}, {row.protocol.shot}-shot, seed {seed_words(missing)}"
-        for label, row, partner in ((left_label, left, right), (right_label, right, left))
+        f"{naming.shown(row)}, {row.protocol.shot}-shot, seed {seed_words(missing)}"
+        for row, partner in ((left, right), (right, left))
         if (missing := [key for key in row.keys if key not in partner.keys])
     ]
     if other:
@@ -157,8 +171,8 @@ def _compare(title: str, item: str, first: Labelled, second: Labelled, metrics: 
                 title=title,
                 item=item,
                 shot=left.protocol.shot,
-                first=left_label,
-                second=right_label,
+                first=naming.full(left),
+                second=naming.full(right),
                 metric=metric,
                 difference=difference,
                 alone=tuple(alone),

@@ -74,9 +74,7 @@ def looks(section: Section) -> dict[str, Look]:
     """Label -> look, for all novel-stage rows of a section."""
     families: dict[str, list[Labelled]] = {}
     for label, row in section.novel:
-        calibration = row.protocol.calibration
-        family = label.replace(f" + {calibration}", "", 1) if calibration else label
-        families.setdefault(family, []).append((label, row))
+        families.setdefault(section.naming.plain(row), []).append((label, row))
     found = {}
     for index, members in enumerate(families.values()):
         both = any(row.protocol.calibration for _, row in members)
@@ -205,7 +203,7 @@ def _difference(item: Comparison, x: Scale, y: float) -> Iterator[str]:
         (first, last), caps = x.bar(d.mean, d.student)
         path = f"M{first:.1f} {y:.1f}H{last:.1f}" + "".join(f"M{cap:.1f} {y - 4:.1f}v8" for cap in caps)
         bar = _bar(path, len(d.values))
-    tip = escape(f"{item.first} minus {item.second}, {shot_name(item.shot)}: {_difference_text(item)}")
+    tip = escape(f"{item.item or item.title}, {shot_name(item.shot)}: {_difference_text(item)}")
     yield f'<g style="{look.style}"><title>{tip}</title>{dots}{bar}{_marker(x(d.mean), y, look)}</g>'
     yield _label(NAMES - 8, y + 4, shot_name(item.shot), "end")
     yield _label(WIDTH, y + 4, cell(d.mean, d.student, digits=1, sign="+"), "end", "name")

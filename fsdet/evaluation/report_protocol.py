@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
+from .report_labels import calibration_words
 from .report_rows import Row, seed_words
 from .report_section import Fact
+from .result import Protocol
 
 NAMES = {
     "benchmark": "data",
     "test_set": "test set",
-    "test_images": "test images",
     "split": "class split",
     "shot": "shots",
     "sampling": "K-shot lists",
@@ -45,6 +47,30 @@ MEANINGS = {
     ("leak", "ignore"): "their regions give no negatives",
 }
 
+EVALUATIONS = {"coco": "COCO-style", "voc-11point": "VOC-style 11-point", "voc-area": "VOC-style area"}
+_TEST_LIST = re.compile(r"(?P<set>.+):(?P<list>[^:]+):(?P<digest>[0-9a-f]{8})")
+_DIGEST = re.compile(r"[0-9a-f]{12}")
+
+
+def section_title(rows: Sequence[Row]) -> str:
+    """What the rows of a section share, in words; data and setting stand before ": "."""
+    p = rows[0].protocol
+    test_set, chosen = _test_set(p)
+    images = f"{p.test_images} images of {test_set}{f' {chosen}' if chosen else ''}"
+    return f"{_data_and_setting(rows)}: {images}, {EVALUATIONS.get(p.evaluation, p.evaluation)} evaluation"
+
+
+def section_id(rows: Sequence[Row]) -> str:
+    """`section_title` in ids, for files."""
+    p = rows[0].protocol
+    return f"{_data_and_setting(rows)}: {p.test_set}, {p.test_images} images, {p.evaluation}"
+
+
+def _data_and_setting(rows: Sequence[Row]) -> str:
+    p = rows[0].protocol
+    setting = "base stage" if all(row.protocol.stage == "base" for row in rows) else p.setting
+    return f"{p.benchmark}{f' split {p.split}' if p.split else ''}, {setting}"
+
 
 def shared_facts(rows: Sequence[Row]) -> tuple[Fact, ...]:
     """Fields of the protocol that all rows share, and the classes behind "base" and "novel"."""
@@ -53,15 +79,41 @@ def shared_facts(rows: Sequence[Row]) -> tuple[Fact, ...]:
     facts = []
     for name, value in protocols[0].items():
         unsaid = value in ("", None) or (name == "proposals" and not value) or (base and name in K_SHOT)
+        unsaid |= name == "test_images"  # the test set says it
         if not unsaid and all(protocol[name] == value for protocol in protocols):
-            text = {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-            facts.append(Fact(NAMES.get(name, name), text, MEANINGS.get((name, value), "")))
+            facts.append(_fact(name, value, rows[0].protocol))
     classes = [run.classes for row in rows for _, run in row.runs]
     for group in ("novel", "base"):
         members = classes[0].get(group, ())
         if members and all(found.get(group) == members for found in classes):
             facts.append(Fact(f"{group} classes", str(len(members)), ", ".join(members)))
     return tuple(facts)
+
+
+def _fact(name: str, value: object, protocol: Protocol) -> Fact:
+    """A field in words."""
+    text, meaning = str(value), MEANINGS.get((name, value), "")
+    if name == "test_set":
+        test_set, chosen = _test_set(protocol)
+        images = f"{protocol.test_images} images"
+        text, meaning = (f"{images} {chosen}", f"of {test_set}") if chosen else (test_set, images)
+    elif name == "evaluation":
+        text = EVALUATIONS.get(text, text)
+    elif name == "calibration":
+        meaning = calibration_words(text)
+    elif name == "base_model" and _DIGEST.fullmatch(text):
+        meaning = "start of its file's SHA-256"
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    return Fact(NAMES.get(name, name), text, meaning)
+
+
+def _test_set(protocol: Protocol) -> tuple[str, str]:
+    """Name of the test set, and what chose its images: "listed in test160 (digest 25062e99)", or ""."""
+    found = _TEST_LIST.fullmatch(protocol.test_set)
+    name, _, file = (found["set"] if found else protocol.test_set).partition(":")
+    chosen = f"listed in {found['list']} (digest {found['digest']})" if found else ""
+    return f"{name} ({file})" if file else name, chosen
 
 
 def remarks(rows: Sequence[Row], labels: Sequence[str]) -> Iterable[str]:

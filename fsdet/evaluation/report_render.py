@@ -12,6 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .report_protocol import section_id
 from .report_rows import Row, seed_list
 from .report_section import Comparison, Fact, Section
 
@@ -34,6 +35,7 @@ def render_brief(sections: Sequence[Section], table_format: str = "simple") -> s
         for table in section.tables[: section.headlines]:
             title = f"{table.title}:\n\n" if table_format == "pipe" else f"{table.title}\n"
             parts.append(title + tabulate(table.rows, table.header, table_format, disable_numparse=True))
+        parts += section.naming.key()
     return "\n\n".join(parts) + "\n"
 
 
@@ -67,7 +69,7 @@ def render_pairs_csv(sections: Sequence[Section]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     statistics = ("mean_difference", "student", "t_test", "wilcoxon", "pairs", "higher")
     writer.writerow(["section", "first", "second", "shot", "metric", "seed", "repeat", "difference", *statistics])
-    for title, item in ((section.title, item) for section in sections for item in section.comparisons):
+    for title, item in ((section_id(section.rows), item) for section in sections for item in section.comparisons):
         d = item.difference
         numbers = ["" if math.isnan(value) else f"{value:.4f}" for value in (d.mean, d.student, d.t_test, d.wilcoxon)]
         for (seed, repeat), value in zip(d.seeds, d.values, strict=True):
@@ -80,7 +82,7 @@ def render_json(sections: Sequence[Section]) -> str:
     """Everything, for other programs: protocols, seeds, files, all metrics and classes with their values."""
     data = [
         {
-            "title": section.title,
+            "title": section_id(section.rows) if section.rows else section.title,
             "notes": section.notes,
             "rows": [_row(row) for row in section.rows],
             "comparisons": [_comparison(item) for item in section.comparisons],
@@ -128,12 +130,14 @@ def _protocol_sentence(facts: Sequence[Fact]) -> str:
 def _section_lines(section: Section, table_format: str, title: str, heading: str) -> str:
     notes = [*([_protocol_sentence(section.protocol)] if section.protocol else []), *section.notes]
     parts = ["\n".join([title.format(section.title), *(f"- {note}" for note in notes)])]
-    for table in section.tables:
+    for number, table in enumerate(section.tables, start=1):
         rows = [[_cell(text, table_format) for text in row] for row in table.rows]
-        body = tabulate(rows, table.header, table_format, disable_numparse=True)
+        body = tabulate(rows, table.header if rows else (), table_format, disable_numparse=True)
         parts.append(heading.format(table.title) + "\n" + body)
         if table.note:
             parts.append(table.note)
+        if number == section.headlines:
+            parts += section.naming.key()
     return "\n\n".join(parts) + "\n"
 
 

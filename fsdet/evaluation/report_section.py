@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .aggregate import PairedDifference
+from .report_labels import Labels
 from .report_rows import Row
 
 
@@ -27,7 +28,7 @@ class Comparison:
         title: of the group that it belongs to; a group is one table and one plot.
         item: what it is about within the group; "" where the title says it all.
         shot: K of both rows.
-        first, second: labels of the rows; the difference is first minus second.
+        first, second: labels of the rows in full, with ids; the difference is first minus second.
         metric: e.g. "nAP50".
         difference: over the pairs.
         alone: runs without a partner, which are left out, e.g. "tfa_cos: seed 2".
@@ -62,8 +63,8 @@ class Section:
         title: what they share.
         rows: one per protocol.
         metrics: headline metrics.
-        labels: of the rows, in their order; with the number of shots each is unique in the section.
         tables: in reading order.
+        naming: the labels of the rows.
         headlines: how many of the first tables hold the headline numbers.
         protocol: what all rows share.
         notes: seeds, missing runs, remarks on versions.
@@ -73,12 +74,17 @@ class Section:
     title: str
     rows: tuple[Row, ...]
     metrics: tuple[str, ...]
-    labels: tuple[str, ...]
     tables: tuple[Table, ...]
+    naming: Labels = Labels()
     headlines: int = 0
     protocol: tuple[Fact, ...] = ()
     notes: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the rows, in their order, as tables and legends show them."""
+        return tuple(map(self.naming.shown, self.rows))
 
     @property
     def novel(self) -> tuple[tuple[str, Row], ...]:

@@ -57,6 +57,7 @@ tr.novel td { background: var(--novel); }
 td .width, td .count { color: var(--muted); font-size: 0.9em; }
 summary { font-weight: 600; cursor: pointer; }
 details[open] > summary { margin-bottom: 10px; }
+details.single { margin-top: 12px; font-size: 13.5px; }
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 12px; padding: 0;
   font-size: 13.5px; }
 ul.legend li { display: flex; align-items: center; gap: 7px; }

@@ -16,40 +16,7 @@ LEGACY_NOTE = (
     "literature, which is too narrow for few seeds."
 )
 
-# Fields whose value says what it is.
-PLAIN_FIELDS = ("method", "benchmark", "test_set", "setting", "backbone", "evaluation")
-
-
-def label_fields(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Fewest protocol fields that, beside the shots, tell all rows apart.
-
-    The method always comes first, then the calibration where it differs: no reader should have to look that up.
-    """
-    protocols = [asdict(row.protocol) for row in rows]
-    names = ["method", *(["calibration"] if len({row.protocol.calibration for row in rows}) > 1 else [])]
-    while True:
-        groups: dict[tuple, list[dict]] = {}
-        for protocol in protocols:
-            groups.setdefault(tuple(protocol[name] for name in (*names, "shot")), []).append(protocol)
-        alike = next((group for group in groups.values() if len(group) > 1), None)
-        if alike is None:
-            return tuple(names)
-        fields = [key for key, _ in rows[0].protocol.group() if key not in names]
-        names.append(next(key for key in fields if len({str(protocol[key]) for protocol in alike}) > 1))
-
-
-def row_label(row: Row, fields: Sequence[str]) -> str:
-    """Short name of a row from the fields that tell rows apart; "+ pcb ..." marks a calibrated one."""
-    protocol = asdict(row.protocol)
-    calibration = f" + {protocol['calibration']}" if "calibration" in fields and protocol["calibration"] else ""
-    others = (name for name in fields if name not in ("method", "calibration"))
-    return ", ".join([f"{protocol['method']}{calibration}", *(_field_text(name, protocol[name]) for name in others)])
-
-
-def _field_text(name: str, value: object) -> str:
-    if name == "proposals" and not value:
-        return "proposals not recorded"
-    return str(value) if name in PLAIN_FIELDS else f"{name} {value}"
+GROUPS = {"n": "Novel classes", "b": "Base classes"}  # by the first letter of a metric
 
 
 def headline_tables(rows: Sequence[Row], metrics: Sequence[str], label: Callable[[Row], str]) -> Iterable[Table]:
@@ -135,6 +102,11 @@ def protocol_table(rows: Sequence[Row], fields: Sequence[str], label: Callable[[
     ]
     note = "Rows that differ here are not comparable in every respect."
     return Table("Protocols that differ", ("method", "shots", *hidden), tuple(lines), note, detail=True)
+
+
+def metric_group(metric: str) -> str:
+    """Which classes a metric is over, in words."""
+    return GROUPS.get(metric[:1], "All classes")
 
 
 def shot_name(shot: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from .report_labels import method_name
 from .report_rows import RESULT_FILE
 from .report_section import Section, Table
 from .run_log import ERROR_LINE, last_lines
@@ -49,7 +50,7 @@ def unfinished_section(runs: Sequence[Unfinished]) -> Section:
     """A section that lists runs without a result."""
     rows = tuple(
         (
-            str(run.keys.get("METHOD", "")),
+            method_name(str(run.keys.get("METHOD", ""))),
             str(run.keys.get("DATASET", "")),
             str(run.keys.get("SETTING", "")) if run.keys.get("STAGE", "novel") == "novel" else "base stage",
             str(run.keys.get("SHOT", "")),
@@ -66,7 +67,6 @@ def unfinished_section(runs: Sequence[Unfinished]) -> Section:
         title="Runs without a result",
         rows=(),
         metrics=(),
-        labels=(),
         tables=(Table("Failed, stopped or still running", header, rows, note),),
     )
 

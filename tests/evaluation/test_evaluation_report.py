@@ -146,7 +146,7 @@ def test_brief_report_names_the_settings(tmp_path):
     assert "gfsod" not in write_report([tmp_path], style="brief")
     fill(tmp_path / "b", setting="fsod")
     text = write_report([tmp_path], style="brief")
-    assert text.startswith("voc split 1, fsod: voc_test_all1") and "\nvoc split 1, gfsod: voc_test_all1" in text
+    assert text.startswith("voc split 1, fsod: 480 images of") and "\nvoc split 1, gfsod: 480 images of" in text
 
 
 def test_many_runs_in_few_words():
@@ -214,7 +214,7 @@ def test_other_protocols_are_never_averaged(tmp_path, change):
     assert sorted(rows.values()) == ["10.00", "50.00"]
     (field,) = change
     assert len(rows) == 2
-    assert any(field in label or str(change[field]) in label for label in rows)
+    assert any(field in label or str(change[field]) in label for label in map(section.naming.full, section.rows))
 
 
 def test_rows_that_differ_without_need_of_a_label_are_listed(tmp_path):
@@ -223,7 +223,7 @@ def test_rows_that_differ_without_need_of_a_label_are_listed(tmp_path):
     (section,) = build_report(load_results([tmp_path]))
     differing = section.tables[-1]
     assert differing.title == "Protocols that differ"
-    assert differing.rows == (("defrcn", "1", "image"), ("tfa", "1", "instance"))
+    assert differing.rows == (("DeFRCN (defrcn)", "1", "image"), ("tfa", "1", "instance"))
 
 
 def test_base_stage_beside_novel_runs(tmp_path):
@@ -241,7 +241,7 @@ def test_comparison(tmp_path):
         (1, "nAP50", 5.0),
         (5, "nAP50", 5.0),
     ]
-    assert "defrcn minus tfa, paired by seed" in write_report([tmp_path], compare=[("defrcn", "tfa")])
+    assert "DeFRCN (defrcn) minus tfa, paired by seed" in write_report([tmp_path], compare=[("defrcn", "tfa")])
     with pytest.raises(ValueError, match="the results have the methods"):
         write_report([tmp_path], compare=[("defrcn", "fewx")])
     make_run(tmp_path, "tfa", 1, 0, samples_digest="f" * 64)
@@ -282,7 +282,7 @@ def test_markdown(tmp_path):
     fill(tmp_path)
     text = write_report([tmp_path], style="markdown")
     assert "### nAP50 by shots\n\n| method   | 1-shot" in text
-    assert text.startswith("## voc split 1, gfsod: voc_test_all1, 480 images, voc-11point")
+    assert text.startswith("## voc split 1, gfsod: 480 images of voc_test_all1, VOC-style 11-point evaluation")
 
 
 def test_csv(tmp_path):
@@ -299,6 +299,7 @@ def test_json_has_every_value(tmp_path):
     (section,) = json.loads(
         write_report([tmp_path], style="json", compare=[("tfa", "defrcn")]), parse_constant=pytest.fail
     )
+    assert section["title"] == "voc split 1, gfsod: voc_test_all1, 480 images, voc-11point"
     row = next(r for r in section["rows"] if r["protocol"]["method"] == "tfa" and r["protocol"]["shot"] == 1)
     assert row["metrics"]["nAP50"]["values"] == [21.0, 23.0]
     assert row["per_class"]["cow"]["AP50"]["mean"] == 22.0

@@ -23,6 +23,7 @@ from fsdet.evaluation.report_gallery import (
     draw_example,
     draw_support,
     render_galleries,
+    verdict_marks,
 )
 from fsdet.evaluation.report_matching import choose, judge, read_detections, why_false
 
@@ -89,6 +90,25 @@ def test_verdicts_by_hand():
     ]
     dogs = judge(TRUTH, DETECTIONS, 1)
     assert (dogs.verdicts, dogs.missed.tolist()) == ((), [1])
+
+
+def test_marks_of_whole_pictures():
+    """All detections and missed objects of every image, the best detection last."""
+    marks = [[(mark.label, mark.colour) for mark in image] for image in verdict_marks(TRUTH, DETECTIONS)]
+    correct, false, missed, ignored = (COLOURS[kind] for kind in ("correct", "false", "missed", "ignored"))
+    assert marks == [
+        [
+            ("dog missed", missed),
+            ("✗ cat 0.20", false),
+            ("✗ cat 0.30", false),
+            ("✗ cat 0.70", false),
+            ("✗ cat 0.80", false),
+            ("✓ cat 0.90", correct),
+        ],
+        [("✓ cat 0.40", correct), ("cat 0.60", ignored)],
+        [("cat missed", missed)],
+    ]
+    assert verdict_marks(TRUTH, DETECTIONS)[2][0].box == (5, 5, 55, 25)
 
 
 def test_verdicts_are_those_of_pycocotools(toy, tmp_path):

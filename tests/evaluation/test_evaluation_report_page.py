@@ -53,7 +53,7 @@ class TestPage:
         assert "gfsod<small>base and novel classes are detected together</small>" in page
         assert "<dt>novel classes</dt><dd>2<small>bird, cow</small></dd>" in page
         text = render_report(read_report([tmp_path]), "markdown")
-        assert "evaluation voc-11point (11-point precision of VOC 2007)" in text
+        assert "evaluation VOC-style 11-point (11-point precision of VOC 2007)" in text
 
     def test_values_that_rows_do_not_share_are_no_common_protocol(self, tmp_path):
         make_run(tmp_path / "a", backbone="R50-C4")
@@ -121,7 +121,7 @@ class TestUnfinished:
         broken_run(tmp_path / "bad", TRACEBACK)
         section = self.section(tmp_path)
         (row,) = section.tables[0].rows
-        assert row[:6] == ("defrcn", "voc", "gfsod", "2", "1", "0")
+        assert row[:6] == ("DeFRCN (defrcn)", "voc", "gfsod", "2", "1", "0")
         assert row[6].endswith("/bad") and row[7] == "failed: FloatingPointError: loss is not finite"
         for style in ("text", "markdown", "html", "json"):
             assert "FloatingPointError" in render_report([section], style)
@@ -163,12 +163,12 @@ class TestCurves:
         assert f"tfa, 1-shot: 20.00 ± {upper - 20:.2f} (3 runs)" in plot
 
     def test_plain_and_calibrated_share_a_colour(self, tmp_path):
-        fill(tmp_path / "plain", ("tfa", "defrcn"), seeds=2)
+        fill(tmp_path / "plain", ("tfa", "other"), seeds=2)
         fill(tmp_path / "pcb", ("tfa",), seeds=2, calibration=PCB)
         section = only_section(tmp_path)
         found = looks(section)
-        assert found["tfa"].colour == found[f"tfa + {PCB}"].colour != found["defrcn"].colour
-        assert [found[label].dashed for label in ("tfa", f"tfa + {PCB}", "defrcn")] == [True, False, False]
+        assert found["tfa"].colour == found["tfa + pcb"].colour != found["other"].colour
+        assert [found[label].dashed for label in ("tfa", "tfa + pcb", "other")] == [True, False, False]
         assert legend(section).count("<li>") == 3
         assert shots_plot(section, "nAP50").count('class="bar few"') == 6  # two runs: dotted
 

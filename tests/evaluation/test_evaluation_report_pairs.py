@@ -29,17 +29,18 @@ def test_calibration_is_compared_with_the_same_runs_unasked(tmp_path):
     calibrated_runs(tmp_path)
     (section,) = build_report(load_results([tmp_path]), metrics=["nAP50"])
     (item,) = section.comparisons
-    assert (item.item, item.first, item.second) == ("defrcn", f"defrcn + {PCB}", "defrcn")
+    assert (item.item, item.first, item.second) == ("DeFRCN (defrcn)", f"defrcn + {PCB}", "defrcn")
     half = stats.t.ppf(0.975, 2) * 1.5 / math.sqrt(3)  # 4, 1, 2.5: mean 2.5, deviation 1.5
     assert item.difference.values == pytest.approx((4.0, 1.0, 2.5))
-    table = pair_rows((section,), f"Calibration ({PCB}): with minus without, paired by seed")
+    table = pair_rows((section,), "Calibration (pcb): with minus without, paired by seed")
     assert table.header[:7] == ("method", "shots", "metric", "with", "without", "difference", "pairs")
     assert table.rows[0][:8] == (
-        "defrcn", "1-shot", "nAP50", "24.50", "22.00", f"+2.50 ± {half:.2f}", "3", "3 of 3",
+        "DeFRCN (defrcn)", "1-shot", "nAP50", "24.50", "22.00", f"+2.50 ± {half:.2f}", "3", "3 of 3",
     )  # fmt: skip
     assert table.rows[0][-1] == "+4.00 +1.00 +2.50"
     assert "Fewer than 3" not in table.note
-    assert [row[0] for row in section.tables[0].rows] == ["defrcn", f"defrcn + {PCB}"]  # side by side, never averaged
+    # Side by side, never averaged.
+    assert [row[0] for row in section.tables[0].rows] == ["DeFRCN (defrcn)", "DeFRCN (defrcn) + pcb"]
 
 
 @pytest.mark.parametrize("change", [{"shot": 5}, {"method": "tfa"}, {"proposals": 100}, {"setting": "fsod"}])
@@ -60,7 +61,7 @@ def test_runs_on_other_shots_are_left_out_and_named(tmp_path):
     (section,) = build_report(load_results([tmp_path]), metrics=["nAP50"])
     assert section.comparisons[0].difference.seeds == ((0, 0), (2, 0))
     table = pair_rows((section,), "Calibration")
-    assert "defrcn, 1-shot, seed 1 (other K-shot files)" in table.note
+    assert "DeFRCN (defrcn), 1-shot, seed 1 (other K-shot files)" in table.note
     assert "Fewer than 3 pairs are no evidence" in table.note
 
 
@@ -75,7 +76,8 @@ def test_unrecorded_shots_are_paired_and_counted(tmp_path):
     sections = build_report(results, compare=[("defrcn", "tfa")], metrics=["nAP50", "nAP"])
     assert [(item.shot, item.unverified) for item in sections[0].comparisons] == [(1, 2), (1, 2), (5, 0), (5, 0)]
     assert sections[0].comparisons[0].difference.values == pytest.approx((10.0, 11.0, 12.0))
-    assert "Not verified: in 2 of 6 pairs a result does not record" in pair_rows(sections, "defrcn minus tfa").note
+    table = pair_rows(sections, "DeFRCN (defrcn) minus tfa")
+    assert "Not verified: in 2 of 6 pairs a result does not record" in table.note
     assert json.loads(render_report(sections, "json"))[0]["comparisons"][0]["unverified"] == 2
 
 
@@ -90,9 +92,9 @@ def test_runs_without_partner_are_named(tmp_path):
     next((tmp_path / "pcb").rglob("1shot_seed2_0/result.json")).unlink()
     (section,) = build_report(load_results([tmp_path]), metrics=["nAP50"], allow_missing=True)
     assert section.comparisons[0].difference.values == pytest.approx((4.0, 1.0))
-    assert "Left out, without a partner: defrcn, 1-shot, seed 2." in pair_rows((section,), "Calibration").note
+    assert "Left out, without a partner: DeFRCN (defrcn), 1-shot, seed 2." in pair_rows((section,), "Calibration").note
     rows = dict(section.tables[0].rows)
-    assert rows["defrcn"].endswith("(n=3)") and rows[f"defrcn + {PCB}"].endswith("(n=2)")
+    assert rows["DeFRCN (defrcn)"].endswith("(n=3)") and rows["DeFRCN (defrcn) + pcb"].endswith("(n=2)")
 
 
 def test_one_pair_has_no_interval(tmp_path):
@@ -115,21 +117,66 @@ def test_several_pairs_of_methods(tmp_path):
     methods(tmp_path)
     (section,) = build_report(load_results([tmp_path]), compare=[("defrcn", "tfa"), ("tfa", "full")], metrics=["nAP50"])
     assert [title for title in section.groups() if not title.startswith("Calibration")] == [
-        "defrcn minus tfa",
-        f"defrcn + {PCB} minus tfa + {PCB}",
+        "DeFRCN (defrcn) minus tfa",
+        "DeFRCN (defrcn) + pcb minus tfa + pcb",
         "tfa minus full",
-        f"tfa + {PCB} minus full + {PCB}",
+        "tfa + pcb minus full + pcb",
     ]
-    assert section.groups()[f"defrcn + {PCB} minus tfa + {PCB}"][0].difference.values == pytest.approx((1.0, 1.0))
+    assert section.groups()["DeFRCN (defrcn) + pcb minus tfa + pcb"][0].difference.values == pytest.approx((1.0, 1.0))
 
 
-def test_rows_can_be_named_by_their_labels(tmp_path):
+@pytest.mark.parametrize(
+    "name", [f"defrcn + {PCB}", "defrcn + pcb", "DeFRCN (defrcn) + pcb", f"DeFRCN (defrcn) + {PCB}"]
+)
+def test_rows_can_be_named_by_their_labels(tmp_path, name):
     methods(tmp_path)
-    pair = (f"defrcn + {PCB}", "tfa")
-    (section,) = build_report(load_results([tmp_path]), compare=[pair], metrics=["nAP50"])
-    assert section.groups()[f"defrcn + {PCB} minus tfa"][0].difference.values == pytest.approx((3.0, 4.0))
-    assert list(section.groups()).count(f"defrcn + {PCB} minus tfa") == 1
+    (section,) = build_report(load_results([tmp_path]), compare=[(name, "tfa")], metrics=["nAP50"])
+    (item,) = section.groups()["DeFRCN (defrcn) + pcb minus tfa"]
+    assert item.difference.values == pytest.approx((3.0, 4.0))
+    assert (item.first, item.second) == (f"defrcn + {PCB}", "tfa")
     assert len(section.groups()) == 2  # and the calibration
+
+
+def test_a_pair_asked_for_by_two_names_is_shown_once(tmp_path):
+    methods(tmp_path)
+    pairs = [(f"defrcn + {PCB}", "tfa"), ("defrcn + pcb", "tfa")]
+    (section,) = build_report(load_results([tmp_path]), compare=pairs, metrics=["nAP50"])
+    assert len(section.groups()["DeFRCN (defrcn) + pcb minus tfa"]) == 1
+
+
+def test_metrics_that_are_equal_in_every_run_are_a_note(tmp_path):
+    """`calibrated_runs` leaves bAP50 as it is; nAP50 of the 5-shot runs alone is equal too, but not of all."""
+    calibrated_runs(tmp_path / "a")
+    calibrated_runs(tmp_path / "b", gains=(0.0, 0.0, 0.0), shot=5)
+    sections = build_report(load_results([tmp_path]), metrics=["nAP50", "bAP50"])
+    table = pair_rows(sections, "Calibration")
+    assert [row[1:3] for row in table.rows] == [("1-shot", "nAP50"), ("5-shot", "nAP50")]
+    assert table.note.startswith("Base classes (bAP50): equal in every run. Differences are")
+    assert {item.metric for item in sections[0].comparisons} == {"nAP50", "bAP50"}  # files hold them all
+    page = render_report(sections, "html").split("with minus without", 1)[1]
+    assert page.count('<svg class="plot"') == 1 and "bAP50, %" not in page
+
+
+def test_comparison_without_any_difference(tmp_path):
+    calibrated_runs(tmp_path, gains=(0.0, 0.0, 0.0))
+    sections = build_report(load_results([tmp_path]), metrics=["nAP50", "nAP", "bAP50"])
+    table = pair_rows(sections, "Calibration")
+    assert table.rows == ()
+    assert "Novel classes (nAP50, nAP): equal in every run. Base classes (bAP50): equal in every run." in table.note
+    for style in ("text", "markdown"):
+        assert "p (Wilcoxon)" not in render_report(sections, style)
+    page = render_report(sections, "html")
+    assert "p (Wilcoxon)" not in page and "Pair by pair" not in page
+
+
+def test_the_page_folds_the_differences_of_single_pairs(tmp_path):
+    calibrated_runs(tmp_path)
+    page = render_report(build_report(load_results([tmp_path]), metrics=["nAP50"]), "html")
+    means, single = page.split("<summary>Pair by pair</summary>")
+    assert "<th>p (Wilcoxon)</th></tr>" in means and "each pair" not in means
+    head = "<tr><th>method</th><th>shots</th><th>metric</th><th>each pair</th></tr>"
+    row = "<tr><td>DeFRCN (defrcn)</td><td>1-shot</td><td>nAP50</td><td>+4.00 +1.00 +2.50</td></tr>"
+    assert head in single and row in single
 
 
 def test_what_cannot_be_compared_is_explained(tmp_path):
@@ -171,6 +218,9 @@ def test_every_format_shows_the_pairs(tmp_path):
         ("2", "2.5000", "3"),
     ]
     assert {row["mean_difference"] for row in rows} == {"2.5000"}
+    assert {(row["section"], row["first"], row["second"]) for row in rows} == {
+        ("voc split 1, gfsod: voc_test_all1, 480 images, voc-11point", f"defrcn + {PCB}", "defrcn")
+    }
 
 
 def test_calibration_stands_in_the_label_even_of_unlike_methods(tmp_path):
@@ -178,4 +228,4 @@ def test_calibration_stands_in_the_label_even_of_unlike_methods(tmp_path):
     make_run(tmp_path, "tfa")
     make_run(tmp_path, "defrcn", calibration=PCB)
     (section,) = build_report(load_results([tmp_path]))
-    assert section.labels == (f"defrcn + {PCB}", "tfa")
+    assert section.labels == ("DeFRCN (defrcn) + pcb", "tfa")

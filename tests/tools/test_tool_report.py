@@ -39,7 +39,7 @@ def test_prints_a_table(results, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "Seeds: 0, 1." in text
     assert "20.50 ± 6.35" in text
-    assert "tfa minus defrcn" in text
+    assert "tfa minus DeFRCN (defrcn)" in text
 
 
 @pytest.mark.parametrize(
