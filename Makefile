@@ -1,12 +1,15 @@
-# make setup | test | lint | demo     PYTHON=python3.12 picks the interpreter
+# make setup | test | lint | demo | demo-short | clean | help     PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 .PHONY: setup test lint demo demo-short clean help
 
 help:
-	@echo "make demo    train, fine-tune and evaluate on the embedded data set (minutes on two cores)"
-	@echo "make test    the default test suite"
-	@echo "make lint    formatting, lint and import contracts"
-	@echo "make setup   install only; the other targets call it"
+	@echo "make demo         train, fine-tune and evaluate on the embedded data set (minutes on two cores)"
+	@echo "make demo-short   the same in a shorter form, to see that everything works; the figures mean nothing"
+	@echo "make test         the default test suite"
+	@echo "make lint         formatting, lint and import contracts"
+	@echo "make setup        install only; the other targets call it"
+	@echo "make clean        remove the installation (.venv, .setup)"
+	@echo "PYTHON=python3.12 behind any of them picks the interpreter"
 
 setup:
 	@$(PYTHON) tools/setup_env.py

@@ -19,8 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*BENCHMARKS, *MEMORY, *MEASURED]
     parser.add_argument("--only", nargs="+", choices=sorted(names), default=names, help="pairs (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair")
-    parser.add_argument("--size", type=int, default=240, help="shorter side of the pictures in pixels")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair (default %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=240, help="shorter side of the pictures in pixels (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="n > 0: n threads, and CPU time instead of wall time")
     parser.add_argument("--classes", type=int, nargs="+", default=(), help="numbers of classes of fewx and os2d pairs")
     args = parser.parse_args()

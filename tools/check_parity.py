@@ -15,7 +15,7 @@ def main() -> int:
     """Compare, print, and tell by the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="golden folder of one method")
-    parser.add_argument("--only", default="", help="comma-separated first letters or stems of files, e.g. c,e")
+    parser.add_argument("--only", default="", help="names of files, or what stands before their first _: c,e")
     parser.add_argument("--brief", action="store_true", help="print the failures and one line per file")
     args = parser.parse_args()
     logging.getLogger("fsdet").setLevel(logging.ERROR)  # the official lists cause many counted warnings

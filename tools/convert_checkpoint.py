@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-file", help="configuration of the model that will load the result")
     parser.add_argument("--model", help="another network for the same configuration, e.g. r50_c4")
     parser.add_argument("--allow-unmatched", action="store_true", help="convert even when keys remain on either side")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="[KEY VALUE ...]", help="overrides of it")
     args = parser.parse_args(argv)
     try:
         model_state, record = _expected(args) if args.config_file else (None, {})

@@ -16,7 +16,7 @@ def main() -> int:
     """Examine, print, and tell by the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default="", help="examine the data and weights of this configuration as well")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration values")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="[KEY VALUE ...]", help="configuration values")
     args = parser.parse_args()
     findings = examine(args.config_file, args.opts)
     print(render(findings), end="")

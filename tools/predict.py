@@ -5,8 +5,9 @@ Examples:
     python tools/predict.py street.jpg --run output/tfa_cos/r101_fpn/voc_split1/gfsod/5shot_seed0
     python tools/predict.py holiday/ more/cat.png --run RUN --threshold 0.3 --output output/holiday --device cpu
 
-New classes without training, with a detector that learns from examples (FewX): one folder of pictures for each class
-below DIR, boxes from COCO json files beside them, or else whole pictures. What was learnt can be kept:
+New classes without training, with a detector that learns from examples (FewX, OS2D): one folder of pictures for each
+class below DIR, boxes from COCO json files beside them, or else whole pictures. OS2D's scores are cosines: begin with a
+low --threshold. What was learnt can be kept:
     python tools/predict.py desk.jpg --run RUN --support DIR
     python tools/predict.py --run RUN --support DIR --save-memory cups
     python tools/predict.py desk.jpg --run RUN --memory cups
@@ -72,10 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--support", type=Path, metavar="DIR", help="detect the classes of this folder of examples")
     parser.add_argument("--memory", type=Path, metavar="FILE", help="detect the classes of a saved memory")
     parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write FILE.json and FILE.safetensors")
-    parser.add_argument("--output", type=Path, default=Path("output/predictions"), help="folder to write")
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0-1 (default 0.5)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/predictions"), help="folder to write (default %(default)s)"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0-1 (default %(default)s)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: that of the run, else the CPU)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images in the network at once")
+    parser.add_argument("--batch-size", type=int, default=8, help="images in the network at once (default %(default)s)")
     return parser
 
 

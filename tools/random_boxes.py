@@ -14,9 +14,9 @@ from fsdet.evaluation.result import read_result
 def main() -> None:
     """Parse the command line, evaluate, print the headline numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, help="whose test set and classes are taken")
     parser.add_argument("--seed", type=int, default=0, help="of the boxes")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="[KEY VALUE ...]", help="overrides")
     args = parser.parse_args()
     try:
         path = evaluate_chance(args.config_file, args.opts, seed=args.seed)

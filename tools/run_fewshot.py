@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Base runs, surgery, then every method x setting x shot x seed; what is finished is skipped.
+r"""Base runs, surgery, then every method x setting x shot x seed; what is finished is skipped.
 
 Examples:
     python tools/run_fewshot.py --base configs/tfa/voc_base.yaml --novel configs/tfa/voc_cos.yaml \

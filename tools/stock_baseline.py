@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Train plain Detectron2, without any of fsdet, on the base classes of a COCO-format set: the yardstick of benchmarks.
+r"""Train plain Detectron2, without any of fsdet, on the base classes of a COCO-format set: the yardstick of benchmarks.
 
 Stock trainer, mapper, sampler and evaluator; only the data set is registered here. Example (docs/benchmarks.md):
 
     python tools/stock_baseline.py --root datasets/voc_small --train coco_trainval.json --test coco_test.json \
-        --novel bird bus cow motorbike sofa --weights weights/r50.safetensors --output output/stock
+        --novel bird bus cow motorbike sofa --weights weights/r50_msra_d2_fp16.safetensors \
+        --output output/stock
 """
 
 import argparse
@@ -65,14 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder with JPEGImages and the two json files")
     parser.add_argument("--images", default="JPEGImages", help="image folder below --root")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--test", required=True)
+    parser.add_argument("--train", required=True, help="json file below --root")
+    parser.add_argument("--test", required=True, help="json file below --root")
     parser.add_argument("--novel", nargs="+", required=True, help="class names to leave out")
     parser.add_argument("--weights", type=Path, required=True, help="ResNet-50 safetensors with Detectron2 names")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--bf16", action="store_true", help="mixed precision; Detectron2's own needs a GPU")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint there")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="[KEY VALUE ...]", help="overrides")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("train", "test"):

@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--model", help='another network for the recipe: a name of configs/base, e.g. "r50_c4"')
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (with --resume: the newest)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, e.g. FEWSHOT.SHOT 5")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="[KEY VALUE ...]", help="overrides, e.g. FEWSHOT.SHOT 5"
+    )
     add_launch_arguments(parser)
     args = parser.parse_args()
     if args.num_gpus == 0:

@@ -221,11 +221,20 @@ def _load_coco(spec: DatasetSpec, sources: DatasetSources, report: LoadReport) -
             choice=spec.choice,
             merge=spec.records == "image",
             strict=_is_strict(spec, sources),
-            prepare=PREPARE[spec.benchmark],
+            draw=_draw_command(spec, sources),
         )
     path = json_file(spec, sources)
     data = coco.read_coco(path, PREPARE[spec.benchmark])
     return coco.full_records(data, make_reader(path, data), leak=spec.leak, leaked=_leaked(spec, sources))
+
+
+def _draw_command(spec: DatasetSpec, sources: DatasetSources) -> str:
+    """The command that draws the K-shot lists of a COCO-format spec."""
+    if spec.benchmark != "custom":
+        return f"python datasets/{PREPARE[spec.benchmark]}"
+    names = class_names(spec, sources) if spec.subset == "novel" else ()
+    place, samples = class_file(sources), sources.samples_of("custom")
+    return custom.draw_command(place, samples, shot=spec.shot, seed=spec.seed, class_names=names)
 
 
 def _check_known(found: Mapping[int, str], sources: DatasetSources, path: Path) -> None:
@@ -312,14 +321,16 @@ def check_sources(spec: DatasetSpec, sources: DatasetSources) -> None:
     name must exist. Of full sets the first picture must. One-shot sets are read completely: every scene must exist, and
     every picture of a class be readable.
 
-    Raises: FileNotFoundError naming path, environment variable and script; ValueError for unknown classes, bad boxes in
+    Raises: FileNotFoundError naming path, environment variable and remedy; ValueError for unknown classes, bad boxes in
         samples, and lists with too few instances.
     """
-    prepare = PREPARE[spec.benchmark]
     if spec.part == "test" and sources.test_list and not sources.test_list.is_file():
         _listed([], sources.test_list)
     if not sources.root.is_dir():
-        raise missing_file(sources.root, "Data set folder", prepare)
+        raise FileNotFoundError(
+            f"Data set folder not found: {sources.root}. Correct FEWSHOT.ROOT or the environment variable "
+            "DETECTRON2_DATASETS; without both it is datasets/. datasets/README.md shows the expected tree."
+        )
     names = class_names(spec, sources)
     report = new_report(spec)
     report.quiet = True  # training reads the same again and says what it found
@@ -340,7 +351,7 @@ def check_sources(spec: DatasetSpec, sources: DatasetSources) -> None:
         pictures = _first_picture(spec, sources)
     for picture in pictures:
         if not picture.is_file():
-            raise missing_file(picture, f"Picture of {spec.name}", prepare, _image_keys(spec, sources))
+            raise missing_file(picture, f"Picture of {spec.name}", _image_keys(spec, sources))
 
 
 def _image_keys(spec: DatasetSpec, sources: DatasetSources) -> str:
@@ -360,8 +371,7 @@ def _first_picture(spec: DatasetSpec, sources: DatasetSources) -> list[Path]:
         path = coco.annotation_file(sources.root, spec.part, sources.json_of(spec.part))
     finder = image_finder(spec, sources)
     if not finder.root().is_dir():
-        prepare, keys = PREPARE[spec.benchmark], _image_keys(spec, sources)
-        raise missing_file(finder.root(), f"Picture folder of {spec.name}", prepare, keys)
+        raise missing_file(finder.root(), f"Picture folder of {spec.name}", _image_keys(spec, sources))
     with path.open(encoding="utf-8", errors="replace") as file:
         match = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', file.read(1 << 20))
     return [Path(finder.resolver()(json.loads(match[1])))] if match else []

@@ -54,7 +54,7 @@ def annotation_file(root: Path, part: str, given: Path | None = None) -> Path:
             return place
     other = f" (2014 lists; for 2017 names {places[1]})" if len(places) > 1 else ""
     what = f"COCO annotations of the {part} part{other}"
-    raise missing_file(places[0], what, PREPARE, f"FEWSHOT.{part.upper()}_JSON" if given else "")
+    raise missing_file(places[0], what, f"FEWSHOT.{part.upper()}_JSON" if given else "")
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,13 @@ def guess_image_folder(json_file: Path) -> Path | None:
 
 
 def read_coco(path: Path, prepare: str = PREPARE) -> dict[str, Any]:
-    """Parse a COCO-format file; `prepare` is the script that an error recommends.
+    """Parse a COCO-format file; `prepare` is the script of datasets/ that may have been given it.
 
     Raises: FileNotFoundError, or ValueError for text that is no JSON or lacks "images", "annotations", "categories".
     """
     if not path.is_file():
-        raise missing_file(path, "COCO-format annotation file", prepare, "FEWSHOT.TRAIN_JSON or TEST_JSON")
+        keys = f"FEWSHOT.TRAIN_JSON or TEST_JSON (--json of datasets/{prepare})"
+        raise missing_file(path, "COCO-format annotation file", keys)
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file)
@@ -285,7 +286,7 @@ def shot_records(
     choice: str = "seeded",
     merge: bool = False,
     strict: bool = False,
-    prepare: str = PREPARE,
+    draw: str = f"python datasets/{PREPARE}",
 ) -> list[Record]:
     """K-shot records class by class: every annotation of a class file is one record, images in the order of the ids.
 
@@ -297,7 +298,7 @@ def shot_records(
         choice: see `choose_shots`; "official" with `merge` keeps every annotation, as DeFRCN does.
         merge: join the records of one image.
         strict: the files were drawn to offer exactly K.
-        prepare: the script that an error recommends.
+        draw: the command that an error recommends.
     Raises: FileNotFoundError for a missing file; ValueError for a class without any instance, or with another number
         than K where `strict`.
     """
@@ -305,7 +306,7 @@ def shot_records(
     report = None
     for class_name in class_names:
         path = coco_shot_path(samples, seed, shot, class_name)
-        require_shot_list(path, shot, class_name, prepare)
+        require_shot_list(path, shot, class_name, draw)
         data = read_coco_shots(path)
         reader = make_reader(path, data)
         report = reader.report

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from fsdet.data.coco import read_coco
 from fsdet.data.records import SHOWN, missing_file
+from fsdet.data.seeds import parse_shot_name
 from fsdet.data.splits import ClassSplit, split_of
 
 PREPARE = "prepare_custom.py"
@@ -34,7 +36,7 @@ def read_categories(path: Path) -> dict[int, str]:
     Raises: FileNotFoundError; ValueError for a missing list, missing fields and repeated ids or names.
     """
     if not path.is_file():
-        raise missing_file(path, "COCO-format annotation file", PREPARE, "FEWSHOT.TRAIN_JSON or TEST_JSON")
+        raise missing_file(path, "COCO-format annotation file", "FEWSHOT.TRAIN_JSON or TEST_JSON")
     return dict(_categories_of(path, path.stat().st_mtime_ns))
 
 
@@ -74,6 +76,25 @@ def custom_split(path: Path, novel_classes: Sequence[str]) -> ClassSplit:
         return split_of(names, novel_classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}. Correct FEWSHOT.NOVEL_CLASSES.") from error
+
+
+def draw_command(path: Path, samples: Path, *, shot: int, seed: int, class_names: Sequence[str] = ()) -> str:
+    """The command that draws the K-shot lists of one seed, beside those that are there: they are nested over K.
+
+    Args:
+        path: the json with all annotations.
+        samples: folder of the lists.
+        shot, seed: which lists are wanted.
+        class_names: classes to draw; empty = all of the file.
+    """
+    drawn = list((samples / f"seed{seed}").glob("*.json"))
+    there = drawn or (list(samples.glob("*.json")) if seed == 0 else [])  # lists of seed 0 may lie above it
+    shots = {name[0] for name in map(parse_shot_name, there) if name} | {shot}
+    words = ["--json", str(path), "--shots", *map(str, sorted(shots)), "--seeds", str(seed)]
+    words += ["--classes", *class_names] if class_names else []
+    words += ["--output", str(samples)] if samples != path.parent / "samples" else []
+    words += ["--force"] if drawn else []  # the draw's manifest has to name the new shots as well
+    return shlex.join(["python", f"datasets/{PREPARE}", *words])
 
 
 def validate(data: Mapping[str, Any], path: Path) -> None:

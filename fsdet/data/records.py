@@ -30,24 +30,27 @@ BORDER_TOLERANCE = 1.0
 SHOWN = 10
 
 
-def missing_file(path: Path, what: str, prepare: str, keys: str = "") -> FileNotFoundError:
+def missing_file(path: Path, what: str, keys: str = "", *, draw: str = "") -> FileNotFoundError:
     """Build the error for a file or folder that should exist, with the remedy.
 
     Args:
         path: the expected place.
         what: short name of the thing, starts the message.
-        prepare: script below datasets/ that makes it.
         keys: configuration keys that set the place, where it is not an official one.
+        draw: command that makes it; only K-shot lists have one.
     """
-    where = f"Correct {keys}, whose relative paths lie" if keys else "Put it there; the data sets lie"
+    remedy = f"Correct {keys}: relative paths lie" if keys else "Put it there: the data sets lie"
+    if draw:
+        remedy = f"Draw it with `{draw}`, or c{remedy[1:]}"
+    source = "" if draw else "says where to get it and "
     return FileNotFoundError(
-        f"{what} not found: {path}. {where} below the folder that the environment variable DETECTRON2_DATASETS names, "
-        f"or make it with `python datasets/{prepare}` (datasets/README.md shows the expected tree)."
+        f"{what} not found: {path}. {remedy} below FEWSHOT.ROOT, without it below the folder that the environment "
+        f"variable DETECTRON2_DATASETS names, else below datasets/. datasets/README.md {source}shows the expected tree."
     )
 
 
-def require_shot_list(path: Path, shot: int, class_name: str, prepare: str) -> None:
-    """Make sure that a K-shot file exists.
+def require_shot_list(path: Path, shot: int, class_name: str, draw: str) -> None:
+    """Make sure that a K-shot file exists; `draw` is the command that makes it.
 
     Raises: FileNotFoundError naming the file, the numbers of shots that are there for this class, and the remedy.
     """
@@ -57,7 +60,7 @@ def require_shot_list(path: Path, shot: int, class_name: str, prepare: str) -> N
     named = [parse_shot_name(other) for other in folder.iterdir()] if folder.is_dir() else []
     there = sorted(k for k, name in filter(None, named) if name == class_name)
     what = f'{shot}-shot list of "{class_name}" (lists there: {", ".join(map(str, there)) or "no"} shot)'
-    raise missing_file(path, what, prepare, "FEWSHOT.SAMPLES")
+    raise missing_file(path, what, "FEWSHOT.SAMPLES", draw=draw)
 
 
 def xyxy(annotation: Record) -> tuple[float, float, float, float]:

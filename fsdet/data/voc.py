@@ -72,7 +72,7 @@ def read_image_set(folder: Path, image_set: str) -> list[str]:
     """
     path = folder / "ImageSets" / "Main" / f"{image_set}.txt"
     if not path.is_file():
-        raise missing_file(path, f'VOC image set "{image_set}"', PREPARE)
+        raise missing_file(path, f'VOC image set "{image_set}"')
     ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not ids:
         raise ValueError(f"{path}: the list is empty; unpack the data set again")
@@ -91,7 +91,7 @@ def read_voc_image(folder: Path, image_id: str) -> VocImage:
         height, width = int(size.find("height").text), int(size.find("width").text)
         objects = tuple(_read_object(node, f"{image_id}/{place}") for place, node in enumerate(root.iterfind("object")))
     except FileNotFoundError as error:
-        raise missing_file(path, f"VOC annotation of image {image_id}", PREPARE) from error
+        raise missing_file(path, f"VOC annotation of image {image_id}") from error
     except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a VOC annotation file ({error}); unpack the data set again") from error
     for labelled in objects:
@@ -201,7 +201,7 @@ def shot_records(
     records = []
     for class_name in class_names:
         path = voc_shot_path(samples, seed, shot, class_name)
-        require_shot_list(path, shot, class_name, PREPARE)
+        require_shot_list(path, shot, class_name, f"python datasets/{PREPARE}")
         offered = _offered(path, folders, class_name, class_names, report, difficult)
         records += choose_shots(
             offered,

@@ -39,6 +39,22 @@ DATASETS = (
 )
 # ImageNet backbones that the shipped configurations start from: file in weights/ -> Detectron2's name of it.
 BACKBONES = {name: f"detectron2://ImageNetPretrained/MSRA/{name}" for name in ("R-50.pkl", "R-101.pkl")}
+_TORCHVISION = "put https://download.pytorch.org/models/{} there"
+# The other weight files that shipped configurations name: file in weights/, what uses it, remedy.
+WEIGHTS = (
+    (
+        "r50_msra_d2_fp16.safetensors",
+        "the small recipes (--model r50_fpn_small, r50_c4_small)",
+        f"it is not shipped; set MODEL.WEIGHTS {BACKBONES['R-50.pkl']}, and where it calibrates "
+        "TEST.CALIBRATION.NETWORK resnet101 with the file below, or TEST.CALIBRATION.ENABLED False",
+    ),
+    (
+        "resnet101-5d3b4d8f.pth",
+        "calibration (configs/defrcn/*_novel), OS2D V1",
+        f"{_TORCHVISION.format('resnet101-5d3b4d8f.pth')}; DeFRCN also runs with TEST.CALIBRATION.ENABLED False",
+    ),
+    ("resnet50-19c8e357.pth", "OS2D V2", _TORCHVISION.format("resnet50-19c8e357.pth")),
+)
 WEIGHT_SUFFIXES = (".pkl", ".pth", ".safetensors")
 
 
@@ -67,7 +83,10 @@ def check_data() -> Iterator[Finding]:
 
 
 def check_weights() -> Iterator[Finding]:
-    """Weights that are at hand: the folder weights/, and the cache of Detectron2's downloads."""
+    """Weights that are at hand: the folder weights/, and the cache of Detectron2's downloads.
+
+    What shipped configurations name and is missing is a note, since no run needs them all.
+    """
     folder = Path("weights")
     others = [p for p in folder.glob("*") if p.suffix in WEIGHT_SUFFIXES and p.name not in BACKBONES]
     for path in sorted(others):
@@ -81,6 +100,10 @@ def check_weights() -> Iterator[Finding]:
         else:
             remedy = f"put it there, or set MODEL.WEIGHTS {address}, which the first run downloads"
             yield Finding("Weights", name, f"missing, expected as {folder / name}", NOTE, remedy)
+    for name, users, remedy in WEIGHTS:
+        if not (folder / name).is_file():
+            value = f"missing, expected as {folder / name} by {users}"
+            yield Finding("Weights", name, value, NOTE, f"{remedy} (docs/datasets.md, Weights)")
 
 
 def download_cache(address: str) -> Path:
@@ -118,6 +141,7 @@ def check_disk(output: Path) -> Iterator[Finding]:
 def check_config(config_file: str, opts: list[str]) -> Iterator[Finding]:
     """What one configuration needs: its data sets, K-shot lists, weights, device and output folder."""
     from fsdet.data.catalog import check_sources
+    from fsdet.engine.calibrated import check_calibration, is_calibrated
     from fsdet.engine.preflight import check_weights
     from fsdet.engine.setup import dataset_sources, dataset_specs, load_config
 
@@ -134,6 +158,8 @@ def check_config(config_file: str, opts: list[str]) -> Iterator[Finding]:
         for spec in dataset_specs(cfg)
     ]
     needs.append(("weights", str(cfg.MODEL.WEIGHTS) or "none: the run starts at random", partial(check_weights, cfg)))
+    if is_calibrated(cfg):
+        needs.append(("calibration", str(cfg.TEST.CALIBRATION.WEIGHTS), partial(check_calibration, cfg)))
     for name, value, check in needs:
         try:
             check()

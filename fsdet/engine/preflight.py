@@ -182,15 +182,20 @@ def _local_file(cfg: CfgNode) -> str:
             ) from error
     if Path(weights).is_file():
         return weights
-    remedy = "docs/datasets.md says where the ImageNet weights come from; or set MODEL.WEIGHTS"
-    if cfg.FEWX.INIT:
-        remedy = "train that detector first (FEWX.INIT), or name another one"
-    if cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SURGERY == "none":
-        remedy = "train the base stage first, or set MODEL.WEIGHTS or FEWSHOT.BASE_RUN"
-    elif cfg.FEWSHOT.STAGE == "novel":
+    raise FileNotFoundError(f"{weights}: no such weights file; {_weights_remedy(cfg, weights)}")
+
+
+def _weights_remedy(cfg: CfgNode, weights: str) -> str:
+    """How to come by a missing weights file."""
+    made_here = cfg.FEWSHOT.STAGE == "novel" and surgered_weights(cfg) == cfg.MODEL.WEIGHTS
+    if made_here and cfg.FEWSHOT.SURGERY == "none":
+        return "train the base stage first, or set MODEL.WEIGHTS or FEWSHOT.BASE_RUN"
+    if made_here:
         command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/{MODEL_FILE}", weights)
-        remedy = f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
-    raise FileNotFoundError(f"{weights}: no such weights file; {remedy}")
+        return f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
+    if cfg.FEWX.INIT and cfg.MODEL.WEIGHTS == cfg.FEWX.INIT:
+        return "train that detector first (FEWX.INIT), or name another one"
+    return "correct MODEL.WEIGHTS; docs/datasets.md (Weights) says where the files come from"
 
 
 def _wrong_classes(cfg: CfgNode, have: int, training: bool) -> str:

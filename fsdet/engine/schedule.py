@@ -14,7 +14,7 @@ _COLUMNS = ("split", "setting", "shot", "base LR", "steps", "iterations", "warm-
 def find_row(rows: Sequence[Sequence[Any]], *, split: int, setting: str, shot: int) -> Sequence[Any] | None:
     """First row whose split, setting and shot match; "*" matches everything.
 
-    Raises: ValueError when there are rows but none fits, naming the shots that have one.
+    Raises: ValueError when there are rows but none fits, naming what has one.
     """
     for row in rows:
         if len(row) != len(_COLUMNS):
@@ -22,10 +22,12 @@ def find_row(rows: Sequence[Sequence[Any]], *, split: int, setting: str, shot: i
         if all(want in ("*", have) for want, have in zip(row[:3], (split, setting, shot), strict=True)):
             return row
     if rows:
-        shots = sorted({row[2] for row in rows if row[0] in ("*", split) and row[1] in ("*", setting)}, key=str)
+        shots = {str(row[2]) for row in rows if row[0] in ("*", split) and row[1] in ("*", setting)}
+        others = ", ".join(sorted(shots, key=lambda text: (len(text), text)))  # as numbers: 2 before 10
+        there = f"{others} shots" if shots else " and ".join(sorted({f"split {row[0]}, {row[1]}" for row in rows}))
         raise ValueError(
-            f"FEWSHOT.SCHEDULE has no row for split {split}, {setting}, {shot} shots; it has {shots} shots. Add a row "
-            "to the config file."
+            f"FEWSHOT.SCHEDULE has no row for split {split}, {setting}, {shot} shots, only for {there}. Choose one of "
+            f"these, or add a row ({', '.join(_COLUMNS)}) to the config file."
         )
     return None
 

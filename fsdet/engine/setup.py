@@ -162,8 +162,23 @@ def _merge(cfg: CfgNode, source: str, merge: Any) -> None:
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     """Merge a YAML file with its bases. Unlike Detectron2's default, a file may not construct Python objects."""
     if not Path(config_file).is_file():
-        raise FileNotFoundError(f"{config_file}: no such config file; the shipped ones are in configs/")
+        raise FileNotFoundError(f"{config_file}: no such config file; {_nearest_files(Path(config_file))}")
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+
+
+def _nearest_files(path: Path) -> str:
+    """The config files whose names come closest to a missing one, else all that are in its place."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    missing = path.relative_to(folder)  # with the folders above it that are missing as well
+    depth = len(missing.parts)
+    if depth > 3 or folder.parent == folder != Path():  # not through a whole disk
+        return "the shipped ones are in configs/"
+    files = sorted(folder.glob("/".join(["*"] * (depth - 1) + ["*.yaml"])))
+    names = {str(file.relative_to(folder).with_suffix("")): str(file) for file in files}
+    near = difflib.get_close_matches(str(missing.with_suffix("")), names, n=2)
+    if near:
+        return f"did you mean {' or '.join(names[name] for name in near)}?"
+    return f"{folder} has {', '.join(names)}" if 0 < len(names) < 40 else "the shipped ones are in configs/"
 
 
 def model_file(config_file: str, model: str) -> str:

@@ -48,6 +48,18 @@ def _draw_faults(fewshot: CfgNode) -> list[str]:
     return faults
 
 
+def _own_data_faults(fewshot: CfgNode) -> list[str]:
+    """What own data lacks, in one line. A base model may do without novel classes, and be used without a test set."""
+    missing = [key for key in ("TRAIN_JSON", "TEST_JSON", "NOVEL_CLASSES") if not fewshot[key]]
+    needed = missing if fewshot.STAGE == "novel" else "TRAIN_JSON" in missing
+    if fewshot.LAYOUT != "custom" or not needed:
+        return []
+    return [
+        f"FEWSHOT.LAYOUT custom needs FEWSHOT.{', FEWSHOT.'.join(missing)}: COCO-format files below FEWSHOT.ROOT, and "
+        "the names of the novel classes; docs/datasets.md (Own data) has an example"
+    ]
+
+
 def _oneshot_faults(fewshot: CfgNode) -> list[str]:
     """Faults of the keys of one-shot sets."""
     faults = []
@@ -79,9 +91,7 @@ def _protocol_faults(cfg: CfgNode) -> list[str]:
     faults += _draw_faults(fewshot)
     if fewshot.LAYOUT == "voc" and fewshot.SPLIT not in (1, 2, 3):
         faults.append(f"FEWSHOT.SPLIT is {fewshot.SPLIT}; VOC has the class splits 1, 2 and 3")
-    if fewshot.LAYOUT == "custom" and not fewshot.TRAIN_JSON:
-        faults.append("FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON and FEWSHOT.TRAIN_IMAGES")
-    faults += _oneshot_faults(fewshot)
+    faults += _own_data_faults(fewshot) + _oneshot_faults(fewshot)
     if fewshot.LAYOUT != "custom" and fewshot.NOVEL_CLASSES:
         faults.append("FEWSHOT.NOVEL_CLASSES is for FEWSHOT.LAYOUT custom; voc and coco have fixed splits")
     if fewshot.LAYOUT == "voc" and (fewshot.TRAIN_JSON or fewshot.TEST_JSON):

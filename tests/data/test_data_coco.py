@@ -215,7 +215,7 @@ def test_no_json(tmp_path):
     (tmp_path / "a.json").write_text("{nonsense")
     with pytest.raises(ValueError, match="a.json: not a JSON file"):
         read_coco(tmp_path / "a.json")
-    with pytest.raises(FileNotFoundError, match=r"trainvalno5k.json.*DETECTRON2_DATASETS.*prepare_coco.py"):
+    with pytest.raises(FileNotFoundError, match=r"trainvalno5k.json.*DETECTRON2_DATASETS.*where to get it"):
         annotation_file(tmp_path, "train")
 
 

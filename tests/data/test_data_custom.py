@@ -1,6 +1,10 @@
 """Own data in COCO format: classes by name, consistency, fatal faults."""
 
 import json
+import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,8 @@ from data_trees import edit_json
 
 from fsdet.data import custom
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, class_names, load_records
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sources_of(root, **more):
@@ -73,6 +79,27 @@ def test_no_json_configured(tmp_path):
         load(tmp_path, sources=DatasetSources(root=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"gone.json.*FEWSHOT.TRAIN_JSON.*DETECTRON2_DATASETS"):
         load(tmp_path, sources=DatasetSources(root=tmp_path, train_json=Path("gone.json")))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_command_in_the_message_draws_the_lists(own_tree, tmp_path, monkeypatch, elsewhere):
+    """Beside the 1-shot lists that are there, of the novel class alone: the others have too few objects."""
+    sources = sources_of(own_tree, samples=tmp_path / "my lists") if elsewhere else sources_of(own_tree)
+    (own_tree / "samples" / "seed0").mkdir()
+    for path in (own_tree / "samples").glob("*.json"):
+        path.rename(path.parent / "seed0" / path.name)
+    with pytest.raises(FileNotFoundError, match=r"full_box_2shot_gizmo.*FEWSHOT.SAMPLES.*DETECTRON2_DATASETS") as error:
+        load(own_tree, "novel", sources=sources, shot=2)
+    words = shlex.split(re.search("`(.*)`", str(error.value))[1])
+    assert words[:2] == ["python", "datasets/prepare_custom.py"]
+    assert ("1" in words, "--force" in words, "--output" in words) == (not elsewhere, not elsewhere, elsewhere)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    assert stop.value.code == 0
+    assert len(load(own_tree, "novel", sources=sources, shot=2)) == 2
+    if not elsewhere:
+        assert len(load(own_tree, "novel", shot=1)) == 1
 
 
 def test_test_json_missing(own_tree):

@@ -258,7 +258,7 @@ def test_unknown_class_in_annotation(voc_tree):
 def test_missing_image_set(voc_tree):
     sources = DatasetSources(root=voc_tree, voc_test=(("VOC2012", "test"),))
     with pytest.raises(
-        FileNotFoundError, match=r"VOC2012/ImageSets/Main/test.txt.*DETECTRON2_DATASETS.*prepare_voc.py"
+        FileNotFoundError, match=r"VOC2012/ImageSets/Main/test.txt.*DETECTRON2_DATASETS.*where to get it"
     ):
         load(voc_tree, part="test", sources=sources)
     write_image_set(voc_tree / "VOC2012", "test", [])

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import re
 import shutil
 import tempfile
 from collections import namedtuple
@@ -18,6 +19,8 @@ from fsdet.engine import doctor_installation as installation
 from fsdet.engine.doctor import examine, guarded, has_faults, render
 from fsdet.engine.doctor_finding import FAULT, NOTE, OK, Finding
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CALIBRATED = ["FEWSHOT.STAGE", "novel", "FEWSHOT.SHOT", "1", "TEST.CALIBRATION.ENABLED", "True"]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -217,6 +220,23 @@ def test_weights_that_are_there_are_found(place):
     found = by_name(data.check_weights())
     assert found["R-101.pkl"].level == OK
     assert "copy it to weights/" in found["R-101.pkl"].value
+    (place / "weights" / "resnet101-5d3b4d8f.pth").touch()
+    found = by_name(data.check_weights())
+    assert found["resnet101-5d3b4d8f.pth"] == Finding(
+        "Weights", "resnet101-5d3b4d8f.pth", "weights/resnet101-5d3b4d8f.pth, 0 MiB"
+    )
+
+
+def test_every_weight_file_of_the_shipped_configurations_is_known(place):
+    """What is missing is a note that names its users and the remedy, never a fault."""
+    configs = "\n".join(path.read_text() for path in CONFIGS.rglob("*.yaml"))
+    named = set(re.findall(r'"weights/([^"]+)"', configs))
+    found = by_name(data.check_weights())
+    assert set(found) == named and "r50_msra_d2_fp16.safetensors" in named
+    for name, finding in found.items():
+        assert finding.level == NOTE and f"expected as weights/{name}" in finding.value and finding.remedy
+    assert "detectron2://ImageNetPretrained/MSRA/R-50.pkl" in found["r50_msra_d2_fp16.safetensors"].remedy
+    assert "https://download.pytorch.org/models/resnet50-19c8e357.pth" in found["resnet50-19c8e357.pth"].remedy
 
 
 def test_cache_is_where_detectron2_looks(place):
@@ -244,6 +264,7 @@ class TestConfiguration:
             (["FEWSHOT.TEST_JSON", "nowhere.json"], "test data", "nowhere.json"),
             (["FEWSHOT.STAGE", "novel", "FEWSHOT.SHOT", "9"], "train data", "full_box_9shot_red_trainval.json"),
             (["MODEL.WEIGHTS", "nowhere.pth"], "weights", "nowhere.pth"),
+            ([*CALIBRATED, "TEST.CALIBRATION.WEIGHTS", "nowhere.pth"], "calibration", "nowhere.pth"),
             (["SOLVER.MAX_ITR", "8"], "file", "SOLVER.MAX_ITR"),
             (["SOLVER.MAX_ITER", "-1"], "file", "must be positive"),
         ],

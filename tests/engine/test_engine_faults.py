@@ -70,7 +70,7 @@ def shot_list(folder, shot=1, name="white"):
 
 def test_missing_data_set_folder(train_net, write_config, tmp_path):
     message = train_net(write_config(FEWSHOT={"ROOT": str(tmp_path / "nowhere")}))
-    assert "nowhere" in message and "prepare_custom.py" in message and "FEWSHOT" in message
+    assert "nowhere" in message and "FEWSHOT.ROOT" in message and "prepare_" not in message
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,8 @@ def test_missing_benchmark(train_net, tmp_path, recipe, stage):
     message = train_net(str(config), *opts, *novel)
     place = {"voc": "VOC2007", "coco": "cocosplit/datasplit/5k.json"}[recipe]
     assert str(tmp_path / place) in message
-    assert f"prepare_{recipe}.py" in message and "DETECTRON2_DATASETS" in message
+    assert "datasets/README.md says where to get it" in message and "DETECTRON2_DATASETS" in message
+    assert "prepare_" not in message  # which makes lists, not the data
 
 
 def test_missing_shot_list(train_net, write_config, copy):
@@ -144,7 +145,7 @@ def test_unknown_novel_class(train_net, write_config, squares):
 
 def test_no_novel_class(train_net, write_config):
     message = train_net(write_config(FEWSHOT={**ONE_SHOT, "SETTING": "fsod", "NOVEL_CLASSES": []}))
-    assert "name the novel classes of own data with FEWSHOT.NOVEL_CLASSES" in message
+    assert "FEWSHOT.LAYOUT custom needs FEWSHOT.NOVEL_CLASSES: " in message
 
 
 def test_class_that_training_does_not_know(train_net, write_config, copy):
@@ -240,6 +241,20 @@ def test_command_in_the_message_mends_the_run(train_net, write_config, tmp_path,
 def test_missing_weights(train_net, write_config, tmp_path):
     message = train_net(write_config(), "MODEL.WEIGHTS", str(tmp_path / "R-50.pkl"))
     assert str(tmp_path / "R-50.pkl") in message and "MODEL.WEIGHTS" in message
+
+
+def test_missing_weights_of_a_stage_without_surgery(train_net, write_config, tmp_path):
+    """Surgery makes one file alone: a name that was mistyped, or a plain detector to start from, has another remedy."""
+    for fewshot in (
+        {**ONE_SHOT, "SETTING": "fsod", "RESET_PREDICTOR": True},
+        ONE_SHOT,
+        {**ONE_SHOT, "SURGERY": "none"},
+    ):
+        message = train_net(write_config(FEWSHOT=fewshot), "MODEL.WEIGHTS", str(tmp_path / "modle.pkl"))
+        assert "modle.pkl: no such weights file; correct MODEL.WEIGHTS" in message
+        assert "surgery" not in message and "base stage" not in message
+    own = write_config(FEWSHOT={**ONE_SHOT, "BASE_RUN": str(tmp_path / "base")})
+    assert "tools/surgery.py randinit" in train_net(own)
 
 
 def test_weights_that_cannot_be_downloaded(train_net, write_config, monkeypatch):

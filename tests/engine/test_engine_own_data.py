@@ -114,7 +114,7 @@ def test_coco_from_the_shipped_configs(tmp_path, monkeypatch, tiny_network):
 def my_set(tmp_path, monkeypatch):
     """Working folder as the documents describe it: tools, configs, datasets/my_set and pictures/."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))  # as VOC's lines in README.md set it
     folder = tmp_path / "datasets" / "my_set"
     folder.mkdir(parents=True)
     for name in ("configs", "tools"):

@@ -1,6 +1,8 @@
 """Configuration: order, derived values, schedules, validation."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,29 @@ def test_own_data_from_the_shipped_configs(squares):
         shot = [] if name == "base" else ["FEWSHOT.SHOT", "2"]
         cfg = load_config(str(CONFIGS / "tfa" / f"custom_{name}.yaml"), [*data, *shot])
         assert classes == cfg.MODEL.ROI_HEADS.NUM_CLASSES and cfg.OUTPUT_DIR.endswith(folder)
-    with pytest.raises(ValueError, match="FEWSHOT.LAYOUT custom needs FEWSHOT.TRAIN_JSON"):
-        load_config(str(CONFIGS / "tfa" / "custom_base.yaml"))
+    lacking = r"custom needs FEWSHOT.TRAIN_JSON, FEWSHOT.TEST_JSON, FEWSHOT.NOVEL_CLASSES: .*docs/datasets.md"
+    for name, opts in (("base", []), ("fsod", ["FEWSHOT.SHOT", "2"])):
+        with pytest.raises(ValueError, match=lacking):
+            load_config(str(CONFIGS / "tfa" / f"custom_{name}.yaml"), opts)
+    with pytest.raises(ValueError, match="custom needs FEWSHOT.TEST_JSON, FEWSHOT.NOVEL_CLASSES: "):
+        load_config(str(CONFIGS / "tfa" / "custom_fsod.yaml"), ["FEWSHOT.SHOT", "2", *data[:4]])
+    base = load_config(str(CONFIGS / "tfa" / "custom_base.yaml"), data[:6])  # a base model of all classes
+    assert base.MODEL.ROI_HEADS.NUM_CLASSES == 4
+
+
+def test_short_try_of_own_data_on_a_cpu(squares):
+    """The words of README.md: the rate follows the images per step, the warm-up what is left of the schedule."""
+    data = ["FEWSHOT.ROOT", str(squares), "FEWSHOT.TRAIN_JSON", "train.json", "FEWSHOT.TEST_JSON", "test.json"]
+    data += ["FEWSHOT.NOVEL_CLASSES", "('white',)", "FEWSHOT.SHOT", "2"]
+    text = (CONFIGS.parent / "README.md").read_text()
+    short = shlex.split(re.search(r"SOLVER.IMS_PER_BATCH 2 .*? INPUT.MIN_SIZE_TEST 480", text, re.S)[0])
+    cfg = load_config(str(CONFIGS / "tfa" / "custom_fsod.yaml"), [*data, *short])
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (2, 200, (160,), 1)
+    assert pytest.approx(0.00125) == solver.BASE_LR
+    assert (tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TEST) == ((480,), 480)
+    split = load_config(str(CONFIGS / "tfa" / "custom_fsod.yaml"), [*data, "SOLVER.ACCUMULATION_STEPS", "4"]).SOLVER
+    assert (split.IMS_PER_BATCH, split.MAX_ITER, split.BASE_LR) == (16, 2000, 0.01)
 
 
 def test_novel_classes_alone_never_keep_base_rows():
@@ -147,7 +170,7 @@ def test_repetitions_train_with_their_own_seed():
         (["FEWSHOT.SHOT"], "KEY VALUE pairs"),
         ([], "novel stage needs K >= 1"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.REPEAT", "-1"], "repetitions are numbered from 0"),
-        (["FEWSHOT.SHOT", "7"], "no row for split 1, gfsod, 7 shots"),
+        (["FEWSHOT.SHOT", "7"], "no row for split 1, gfsod, 7 shots, only for 1, 2, 3, 5, 10 shots. Choose one"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.SPLIT", "4"], "splits 1, 2 and 3"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.LEAK", "hide"], "expected background | drop | ignore"),
         (["FEWSHOT.SHOT", "5", "FEWSHOT.TRAIN_JSON", "a.json"], "voc reads XML files"),
@@ -167,6 +190,15 @@ def test_faults_have_one_clear_message(opts, message):
 def test_missing_file_and_unsafe_yaml(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         load_config("nowhere.yaml")
+    cos, base = str(CONFIGS / "tfa" / "voc_cos.yaml"), CONFIGS / "base"
+    with pytest.raises(FileNotFoundError) as error:
+        load_config(cos, ["FEWSHOT.SHOT", "1"], model="r50")
+    assert f"did you mean {base / 'r50_c4.yaml'} or {base / 'r50_fpn.yaml'}?" in str(error.value)
+    for wrong in ("tfa/voc_coss.yaml", "tfaa/voc_cos.yaml", "tfa/voc_cos"):
+        with pytest.raises(FileNotFoundError, match=f"did you mean {cos}"):
+            load_config(str(CONFIGS / wrong))
+    with pytest.raises(FileNotFoundError, match=r"demo has base, cos, ft_full"):
+        load_config(str(CONFIGS / "demo" / "zzzzzz.yaml"))
     target = tmp_path / "executed"
     path = tmp_path / "payload.yaml"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n")
@@ -179,7 +211,9 @@ def test_find_row_wildcards():
     rows = [[2, "*", 1, 0.5, [], 10, 0], ["*", "fsod", 1, 0.1, [], 20, 0]]
     assert find_row(rows, split=2, setting="gfsod", shot=1)[3] == 0.5
     assert find_row(rows, split=1, setting="fsod", shot=1)[3] == 0.1
-    with pytest.raises(ValueError, match="no row"):
+    with pytest.raises(
+        ValueError, match=r"no row for split 1, gfsod, 1 shots, only for split \*, fsod and split 2, \*"
+    ):
         find_row(rows, split=1, setting="gfsod", shot=1)
     with pytest.raises(ValueError, match="7 columns"):
         find_row([[1, 2]], split=1, setting="gfsod", shot=1)
