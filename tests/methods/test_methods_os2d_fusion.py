@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsdet.methods.os2d.fusion import AGREEMENT, fuse_scores, fuse_templates
+from fsdet.methods.os2d.fusion import AGREEMENT, fuse_in_parts, fuse_scores, fuse_templates
 
 
 def random_scores(supports, views, anchors, seed=0):
@@ -108,3 +108,31 @@ class TestScores:
         peak = torch.zeros(2, 1, 1000)
         peak[0, 0, 3], peak[1] = 1.0, torch.linspace(-1, 1, 1000)
         assert float(fuse_scores(peak, "agree").max()) == 1 and float(fuse_scores(-peak, "agree").min()) == -1
+
+
+class TestParts:
+    """Supports that come a few at a time."""
+
+    @pytest.mark.parametrize(("supports", "views", "at_once"), [(7, 3, 2), (5, 1, 1), (4, 2, 4), (300, 1, 64)])
+    def test_agreement_is_that_of_all_together(self, supports, views, at_once):
+        """Levels and contrasts that differ; sums over parts differ from one sum by rounding alone."""
+        contrast = torch.linspace(0.02, 0.3, supports).view(-1, 1, 1)
+        scores = contrast * random_scores(supports, views, 200) + torch.linspace(-0.3, 0.4, supports).view(-1, 1, 1)
+        parts = scores.split(at_once)
+        fuse = fuse_in_parts(iter(parts), "agree")
+        found = torch.cat([fuse(part) for part in parts])
+        torch.testing.assert_close(found, fuse_scores(scores, "agree"), rtol=0, atol=2e-6)
+
+    def test_a_support_without_contrast(self):
+        scores = random_scores(4, 1, 50)
+        scores[2] = 0.25
+        fuse = fuse_in_parts(scores.split(3), "agree")
+        found = torch.cat([fuse(part) for part in scores.split(3)])
+        torch.testing.assert_close(found, fuse_scores(scores, "agree"), rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("fusion", ["max", "mean"])
+    def test_left_alone_and_not_even_read(self, fusion):
+        parts = iter([random_scores(3, 2, 5)])
+        fuse = fuse_in_parts(parts, fusion)
+        scores = next(parts)
+        assert fuse(scores) is scores

@@ -1,15 +1,20 @@
 """Classes against a pyramid: levels and supports joined, groups of classes, and what the limit leaves out."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
+from test_methods_os2d_detector import detector, picture, query
 from torch import nn
 
-from fsdet.methods.os2d import inference
-from fsdet.methods.os2d.decoding import exact_nms
+from fsdet.data.support import Support, SupportSet
+from fsdet.methods.os2d import inference, streamed_nms
+from fsdet.methods.os2d.decoding import SUPPRESSIONS, exact_nms, reference_nms
 from fsdet.methods.os2d.fusion import fuse_scores
 from fsdet.methods.os2d.inference import Level, Search
+from fsdet.methods.os2d.streamed_nms import STREAMED_SUPPRESSIONS, reference_in_chunks
 
 SEARCH = Search("max", -2.0, "exact", 0.3)
 
@@ -137,11 +142,60 @@ def test_groups_and_limit_change_nothing(limit, monkeypatch):
 
 
 def test_groups_shrink_with_the_scene(monkeypatch):
-    """So that scores and boxes of a group stay bounded; a class is never cut."""
+    """So that scores and boxes of a group stay bounded; a class is cut between its supports, never one of these."""
     monkeypatch.setattr(inference, "_ANCHORS", 36)
     head = Head()
     SEARCH.find(head, [level(0, 9)], (48, 64), classes_of(1, 1, 4, 1, 1, 1))
-    assert head.rows == [2, 4, 3]
+    assert head.rows == [2, 3, 1, 3]
+    head = Head()
+    SEARCH.find(head, [level(0, 16)], (48, 64), classes_of(3, 1, views=4))
+    assert head.rows == [4, 4, 4, 4]
+
+
+LEVELS = (3, 4), (2, 3)
+
+
+def levels_of(entries):
+    return [level(0, entries, LEVELS[0]), level(1, entries, LEVELS[1], (32, 48))]
+
+
+@pytest.mark.parametrize("has_geometry", [False, True])
+@pytest.mark.parametrize(("nms", "limit"), [("exact", -1), ("exact", 3), ("exact", 400), ("reference", -1)])
+@pytest.mark.parametrize("fusion", ["max", "mean", "agree"])
+def test_a_cut_class_gives_the_same(fusion, nms, limit, has_geometry, monkeypatch):
+    """A class of 30 supports in two views between smaller ones, whole and cut, its matches kept or made again."""
+    levels, classes = levels_of(100), classes_of(2, 30, 1, 5, views=2)
+    search = Search(fusion, 0.1, nms, 0.3, limit=limit, has_geometry=has_geometry)
+    monkeypatch.setitem(SUPPRESSIONS, "reference", partial(reference_nms, chunk=50))
+    monkeypatch.setitem(STREAMED_SUPPRESSIONS, "reference", partial(reference_in_chunks, chunk=50))
+    whole = search.find(Head(), levels, (48, 64), classes)
+    assert (whole.classes == 1).any() and (limit != 3 or len(whole) == 3)
+    monkeypatch.setattr(inference, "_ROWS", 7)
+    for kept, pool in ((10**6, 10**6), (0, 10**6), (10**6, 40), (0, 40)):
+        monkeypatch.setattr(inference, "_KEPT_ANCHORS", kept)
+        monkeypatch.setattr(streamed_nms, "_POOL", pool)
+        head = Head()
+        found = search.find(head, levels, (48, 64), classes)
+        assert max(head.rows) <= 7
+        assert found.fields().keys() == whole.fields().keys()
+        for name, value in found.fields().items():
+            tolerance = 1e-6 if name == "scores" and fusion == "agree" else 0
+            torch.testing.assert_close(value, getattr(whole, name), rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("fusion", "looks"), [("max", 1), ("mean", 1), ("agree", 1), ("agree", 2)])
+def test_how_often_a_class_is_matched(fusion, looks, monkeypatch):
+    """Once where it fits, also where "agree" reads all scores before any of them is fused; else once more."""
+    levels, classes = levels_of(60), classes_of(30, views=2)
+    rows = 2 * (2 if fusion == "mean" else 60)
+    head = Head()
+    replace(SEARCH, fusion=fusion).find(head, levels, (48, 64), classes)
+    assert head.rows == [rows // 2] * 2
+    monkeypatch.setattr(inference, "_ROWS", 20)
+    monkeypatch.setattr(inference, "_KEPT_ANCHORS", 60 * 18 if looks == 1 else 60 * 18 - 1)
+    head = Head()
+    replace(SEARCH, fusion=fusion).find(head, levels, (48, 64), classes)
+    assert sum(head.rows) == looks * rows and max(head.rows) <= 20
 
 
 def test_across_classes():
@@ -169,3 +223,37 @@ def test_geometry():
     inside = ((clipped > 0) & (clipped < limits)).all(dim=1) & (found.classes == 0)
     gaps = found.anchors[inside] - found.boxes[inside]  # 1 px of the level that they come from
     assert inside.any() and set(gaps.round(decimals=3).flatten().tolist()) <= {1.0, 2.0}
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """A detector that keeps a class of 1,000 supports."""
+    file_name = str(tmp_path_factory.mktemp("supports") / "0.png")
+    Image.fromarray(picture(0)).save(file_name)
+    boxes = [(x, y, x + 40, y + 32) for x in range(40) for y in range(25)]
+    supports = SupportSet(("ant",), [Support(file_name, 0, number, 0, box) for number, box in enumerate(boxes)])
+    model = detector(class_image_size=16, test_shots=1000, scales=(0.8, 1.0), eval_scale=48)
+    batches = []
+    encode = model.encode_pictures
+    model.encode_pictures = lambda pictures: batches.append(len(pictures)) or encode(pictures)
+    model.keep_class_memory(model.encode_support(supports))
+    assert len(batches) == 1000 and set(batches) == {1}
+    assert next(model.known_templates()).shape == (1000, 1, 225, 64)
+    return model
+
+
+@pytest.mark.parametrize(("fusion", "limit"), [("max", -1), ("mean", -1), ("agree", 2)])
+def test_a_class_of_a_thousand_supports(crowded, fusion, limit, monkeypatch):
+    """At most 64 templates at once, and the detections of one look at all of them."""
+    rows = []
+    detect = crowded.head.detect
+    monkeypatch.setattr(crowded.head, "detect", lambda scene, t, **k: rows.append(len(t)) or detect(scene, t, **k))
+    monkeypatch.setattr(crowded, "search", Search(fusion, -2.0, "exact", 0.3, limit=limit))
+    found = crowded([query()])[0]["instances"]
+    assert sum(rows) == 2 * (1 if fusion == "mean" else 1000) and max(rows) <= 64
+    monkeypatch.setattr(inference, "_ROWS", 1000)
+    whole = crowded([query()])[0]["instances"]
+    assert max(rows) == (1 if fusion == "mean" else 1000)
+    assert 0 < len(found) == len(whole) <= (limit if limit > 0 else 100)
+    torch.testing.assert_close(found.scores, whole.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.pred_boxes.tensor, whole.pred_boxes.tensor, rtol=0, atol=1e-2)
