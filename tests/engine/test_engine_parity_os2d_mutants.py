@@ -155,13 +155,15 @@ def boxes_not_clipped(monkeypatch):
 
 def views_apart(monkeypatch):
     """Every view of a class is suppressed by itself."""
-    real = inference.Search._detections
+    real = inference.Search._search
 
-    def each(self, matches, rows, shape, place, floor):
-        single = [slice(row, row + 1) for row in range(rows.start, rows.stop)]
-        return inference.Found.join([real(self, matches, row, (1, 1), place, floor) for row in single])
+    def each(self, picture, group, rows, floor):
+        for place, own in group:
+            single = [view[None, None] for view in own.flatten(0, 1)]
+            found = [part for view in single for part in real(self, picture, [(place, view)], rows, floor)]
+            yield inference.Found.join(found)
 
-    monkeypatch.setattr(inference.Search, "_detections", each)
+    monkeypatch.setattr(inference.Search, "_search", each)
 
 
 def difficult_objects_count(monkeypatch):
