@@ -16,12 +16,16 @@ from torchvision.ops import box_iou
 
 from fsdet.methods.os2d.decoding import REFERENCE_CHUNK, Found, exact_nms, reference_nms
 
-_POOL = 2**22  # best candidates of a round; up to twice as many are held, some 250 MB, with geometry 650 MB
+# Best candidates of a round. Up to twice as many are held: some 250 MB, with geometry 650 MB, and twice that for a
+# moment when they are joined.
+_POOL = 2**22
 _BLOCK = 4096  # candidates that are compared with each other at once
 _PAIRS = 2**16  # overlaps that are computed at once, as many as a processor's cache takes
 
 # Gives the candidates of a class, the same ones in the same order at every call; one part or more.
 Candidates = Callable[[], Iterable[Found]]
+# (candidates, threshold, limit) -> boxes that stay, best first; `limit` of them at most.
+StreamedSuppression = Callable[[Candidates, float, int], Found]
 
 
 def exact_in_rounds(read: Candidates, threshold: float, limit: int = -1) -> Found:
@@ -68,7 +72,7 @@ def reference_in_chunks(read: Candidates, threshold: float, limit: int = -1, chu
     return found[reference_nms(found.boxes, found.scores, threshold, limit, chunk)]
 
 
-STREAMED_SUPPRESSIONS = {"exact": exact_in_rounds, "reference": reference_in_chunks}
+STREAMED_SUPPRESSIONS: dict[str, StreamedSuppression] = {"exact": exact_in_rounds, "reference": reference_in_chunks}
 
 
 class _Best:
