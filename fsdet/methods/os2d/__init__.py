@@ -5,8 +5,8 @@ arXiv 2003.06800. Official code: https://github.com/aosokin/os2d (MIT).
 
 Parts: `detector.py` (training, inference), `memory.py` and `templates.py` (supports to templates), `head.py` with
 `transform_net.py`, `geometry.py` and `sampling.py` (alignment, score and box of every anchor), `training.py`,
-`targets.py`, `objective.py` and `mining.py` (what is learnt), `pyramid.py`, `inference.py`, `decoding.py` and
-`fusion.py` (scales, classes, suppression, several supports), `settings.py` (keys).
+`targets.py`, `objective.py` and `mining.py` (what is learnt), `pyramid.py`, `inference.py`, `decoding.py`,
+`streamed_nms.py` and `fusion.py` (scales, classes, suppression, several supports), `settings.py` (keys).
 
 Departures from the release: suppression is exact unless OS2D.NMS asks for the release's; the ranked list loss keeps its
 negatives on every device; a difficult object never becomes a target by another one's code; a learning rate that falls
