@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fsdet.engine.sweep_run import PlannedRun, Task, attempt, blocked_by, last_line, stop_signals
-from fsdet.engine.sweep_slurm_records import ALIVE, JobRecords, LiveJob, digests
+from fsdet.engine.sweep_slurm_records import ALIVE, POLL_SECONDS, JobRecords, LiveJob, digests
 
 logger = logging.getLogger(__name__)
 
 # Parameters that submitit knows for every cluster; the others are Slurm's own.
 _SHARED = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
-POLL_SECONDS = 1.0
 ASK_SECONDS = 60.0  # between two questions about a suspended job
 _LATE_SECONDS = 30.0  # how long a network file system may take to show a new file
 
