@@ -5,12 +5,14 @@ preserved. Patches that were mined as hard ones (a part that is known, and the c
 file beside the run.
 
 Source: OS2D (Osokin et al., ECCV 2020) and its release, training data. Unlike there, a mined part is never changed, and
-what it shows beyond the border of its picture has the mean colour, which is what a network sees there.
+what it shows beyond the border of its picture has the mean colour, which is what a network sees there. Parts that fit
+an object (`PatchRule.object_size`) are ours.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +64,16 @@ class PatchRule:
         scale_jitter: the scale is drawn from [base * jitter, base / jitter].
         aspect_jitter: width to height of the part is drawn from [jitter, 1 / jitter].
         min_coverage: a part must keep this share of some object's area; an object that keeps less is a difficult one.
+        object_size: side in pixels (root of the area) that a random object gets before the jitter; its part is drawn
+            round it. Where sizes vary much, a fixed scale leaves most patches without an object of the anchors' size.
+            0 = the base scale whatever the objects.
     """
 
     size: int = 600
     scale_jitter: float = 0.7
     aspect_jitter: float = 0.9
     min_coverage: float = 0.7
+    object_size: float = 0
 
     def draw(
         self, boxes: np.ndarray, height: int, width: int, *, base: float, generator: np.random.Generator
@@ -77,22 +83,40 @@ class PatchRule:
         Args:
             boxes: (G, 4) XYXY of all objects in pixels of the picture; without any, every part will do.
             height, width: of the picture; a side that is too small is taken whole.
-            base: pixels of a scene at scale 1 for each pixel of the picture.
+            base: pixels of a scene at scale 1 for each pixel of the picture; with `object_size` the largest scale.
             generator: of the draws.
         """
+        around = None
+        if self.object_size and len(boxes):
+            around, base = self._draw_object(boxes, base, generator)
+            boxes = around[None]
         for _ in range(TRIES):
-            window = self._draw_once(height, width, base, generator)
+            window = self._draw_once(height, width, base, generator, around)
             if not len(boxes) or coverage(boxes, window).max() >= self.min_coverage:
                 return window
         side = self.size / base
         return 0, 0, _whole(min(side, width)), _whole(min(side, height))
 
-    def _draw_once(self, height: int, width: int, base: float, generator: np.random.Generator) -> Window:
+    def _draw_object(
+        self, boxes: np.ndarray, largest: float, generator: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
+        """A random object (4,) that reaches its size at the largest scale, else the biggest one; and its scale."""
+        sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
+        scales = np.minimum(self.object_size / sides, largest)
+        fit = np.flatnonzero(scales < largest)
+        chosen = fit[generator.integers(len(fit))] if len(fit) else int(sides.argmax())
+        return boxes[chosen], float(scales[chosen])
+
+    def _draw_once(
+        self, height: int, width: int, base: float, generator: np.random.Generator, around: np.ndarray | None
+    ) -> Window:
         scale = generator.uniform(base * self.scale_jitter, base / self.scale_jitter)
         aspect = generator.uniform(self.aspect_jitter, 1 / self.aspect_jitter)
         exact = min(self.size / scale, width)
         new_w, new_h = _whole(exact), _whole(min(exact / aspect, height))
-        x0, y0 = int(generator.integers(width - new_w + 1)), int(generator.integers(height - new_h + 1))
+        x_span, y_span = (None, None) if around is None else (around[::2], around[1::2])
+        x0 = _draw_start(width, new_w, x_span, generator)
+        y0 = _draw_start(height, new_h, y_span, generator)
         return x0, y0, x0 + new_w, y0 + new_h
 
     def place_boxes(self, boxes: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,6 +132,15 @@ class PatchRule:
         zoom = self.size / np.array([x1 - x0, y1 - y0] * 2)
         left = coverage(boxes, window)
         return (boxes - np.array([x0, y0] * 2)) * zoom, left >= GONE, left < self.min_coverage
+
+
+def _draw_start(length: int, part: int, span: np.ndarray | None, generator: np.random.Generator) -> int:
+    """First pixel of a part along a side of a picture; with a span (low, high) it holds as much of that as it can."""
+    first, last = 0, length - part
+    if span is not None:
+        ends = sorted((math.ceil(span[1]) - part, math.floor(span[0])))
+        first, last = np.clip(ends, first, last)
+    return int(generator.integers(first, last + 1))
 
 
 def _whole(length: float) -> int:

@@ -281,7 +281,7 @@ def build_scenes(cfg: Any, records: Sequence[Record], *, seed: int, start: int =
     return SceneDataset(
         scenes,
         SceneSupports(pool, target=os2d.CLASS_IMAGE_SIZE, cache_mib=cfg.INPUT.FS.CACHE_MIB),
-        PatchRule(patch.SIZE, patch.SCALE_JITTER, patch.ASPECT_JITTER, patch.MIN_COVERAGE),
+        PatchRule(patch.SIZE, patch.SCALE_JITTER, patch.ASPECT_JITTER, patch.MIN_COVERAGE, patch.OBJECT_SIZE),
         seed=seed,
         wanted=os2d.EVAL_SCALE,
         scale=patch.SCALE,

@@ -102,6 +102,8 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.INPUT.PATCH.ENABLED = False
     cfg.INPUT.PATCH.SIZE = 600  # px, side of a patch as the network sees it
     cfg.INPUT.PATCH.SCALE = 0.0  # of a scene at scale 1; 0 = OS2D.EVAL_SCALE / (OS2D.IMAGE_SIZE or its own long side)
+    # px, side that a random object gets, round which the patch is drawn; SCALE is the largest scale then (ours); 0: off
+    cfg.INPUT.PATCH.OBJECT_SIZE = 0
     cfg.INPUT.PATCH.SCALE_JITTER = 0.7  # the scale is drawn from [SCALE * jitter, SCALE / jitter]
     cfg.INPUT.PATCH.ASPECT_JITTER = 0.9  # width to height of the part that is cut, likewise
     cfg.INPUT.PATCH.MIN_COVERAGE = 0.7  # share of an object's area that makes it a target; below, it is ignored

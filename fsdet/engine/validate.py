@@ -174,8 +174,8 @@ def _episode_faults(cfg: CfgNode) -> list[str]:
 def _patch_faults(cfg: CfgNode) -> list[str]:
     """Faults of training patches."""
     patch = cfg.INPUT.PATCH
-    least = {"SIZE": 16, "SCALE": 0, "EXTRA_NEGATIVES": 0, "MINING_PERIOD": 0, "MINING_CLASSES": 0, "MINING_SCALES": 1,
-             "MINED_PER_IMAGE": 1}  # fmt: skip
+    least = {"SIZE": 16, "SCALE": 0, "OBJECT_SIZE": 0, "EXTRA_NEGATIVES": 0, "MINING_PERIOD": 0, "MINING_CLASSES": 0,
+             "MINING_SCALES": 1, "MINED_PER_IMAGE": 1}  # fmt: skip
     faults = [
         f"INPUT.PATCH.{key} is {patch[key]}; it must be at least {low}"
         for key, low in least.items()

@@ -82,6 +82,52 @@ class TestDraws:
         assert (x1 - x0, y1 - y0) == (120, 120)
 
 
+class TestPartsThatFitAnObject:
+    """Objects that are to have 40 px in patches of 60 px, from pictures of 400 x 300, at scales up to 1."""
+
+    rule = PatchRule(size=60, scale_jitter=0.8, aspect_jitter=1.0, object_size=40)
+    picture = (300, 400)
+
+    def sides(self, boxes, count=300):
+        """Sides (count, objects) in the patches, root of the area; and the windows."""
+        generator = np.random.default_rng(0)
+        windows = [self.rule.draw(boxes, *self.picture, base=1.0, generator=generator) for _ in range(count)]
+        placed = [self.rule.place_boxes(boxes, window)[0] for window in windows]
+        return np.array([np.sqrt((b[:, 2:] - b[:, :2]).prod(1)) for b in placed]), windows
+
+    def test_an_object_gets_the_wanted_side(self):
+        boxes = np.array([[150, 100, 230, 180.0]])
+        sides, windows = self.sides(boxes)
+        assert 31.5 < sides.min() < 33.5 and 47.5 < sides.max() < 51
+        assert all(coverage(boxes, window) == 1 for window in windows)
+        assert np.ptp([x0 for x0, *_ in windows]) > 50  # anywhere in the part, not in its middle
+
+    def test_any_object_that_reaches_the_side_is_chosen(self):
+        """Objects of 50, 80 and 160 px take turns; one of 20 px would need twice the largest scale."""
+        boxes = np.array([[10, 10, 60, 60], [100, 50, 180, 130], [200, 100, 360, 260], [300, 20, 320, 40.0]])
+        sides, windows = self.sides(boxes)
+        kept = np.array([coverage(boxes, window) for window in windows]) >= 0.7
+        fit = kept & (sides > 31) & (sides < 51)
+        assert fit[:, :3].any(axis=1).all() and (fit[:, :3].mean(axis=0) > 0.25).all() and not fit[:, 3].any()
+
+    def test_without_one_the_biggest_is_shown_at_the_largest_scale(self):
+        sides, _ = self.sides(np.array([[10, 10, 20, 20], [100, 50, 130, 80.0]]))
+        assert 23.5 < sides[:, 1].min() < 25 and 35 < sides[:, 1].max() < 38.5
+
+    def test_a_long_object_keeps_what_a_difficult_one_does_not(self):
+        """160 x 40 px at the scale of its area: 80 px long in a patch of 60."""
+        boxes = np.array([[100, 100, 260, 140.0]])
+        _, windows = self.sides(boxes)
+        assert min(coverage(boxes, window)[0] for window in windows) >= self.rule.min_coverage
+
+    def test_at_the_border_of_a_picture_and_without_objects(self):
+        sides, windows = self.sides(np.array([[360, 260, 400, 300.0]]))
+        assert all(0 <= x0 < x1 <= 400 and 0 <= y0 < y1 <= 300 for x0, y0, x1, y1 in windows)
+        assert sides.min() > 31.5 and sides.max() < 51
+        generator = np.random.default_rng(0)
+        assert len({self.rule.draw(NO_BOXES, *self.picture, base=0.5, generator=generator) for _ in range(9)}) > 5
+
+
 def test_objects_of_a_patch_by_hand():
     """Window of 200 x 100 from (100, 50) in a patch of 50: x shrinks to a quarter, y to a half.
 

@@ -81,7 +81,7 @@ def make_cfg(records, clean_catalogs, tmp_path):
         cfg.OS2D = CfgNode({"EVAL_SCALE": 100, "IMAGE_SIZE": 0, "CLASS_IMAGE_SIZE": AREA})
         patch = {"ENABLED": True, "SIZE": SIZE, "SCALE": 0.0, "SCALE_JITTER": 0.7, "ASPECT_JITTER": 0.9}
         patch |= {"MIN_COVERAGE": 0.7, "FLIP": False, "COLOUR": False, "EXTRA_NEGATIVES": 0, "OWN_OBJECTS": False}
-        patch |= {"MINING_PERIOD": 0}
+        patch |= {"MINING_PERIOD": 0, "OBJECT_SIZE": 0}
         cfg.INPUT.PATCH = CfgNode(patch | {key: value for key, value in values.items() if key.isupper()})
         return cfg
 

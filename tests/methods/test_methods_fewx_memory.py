@@ -14,7 +14,6 @@ from fsdet.data.support import Support, SupportSet, fewx_support_crop
 from fsdet.methods.fewx import inference
 from fsdet.modeling.base import RecallableMemory, condition_on_support
 from fsdet.modeling.class_memory import ClassEntry, ClassMemory
-from fsdet.modeling.digested_shots import draw_shots
 
 NAMES = ("ant", "bee", "cow")
 CROP = ("INPUT.FS.CROP_SIZE", 96)
@@ -130,20 +129,6 @@ class TestEncoding:
     def saved(self, memory, folder):
         memory.save(folder / "memory")
         return folder / "memory"
-
-    def test_more_supports_than_the_limit(self, folder):
-        supports = [support_of(folder, number, class_id) for class_id in (0, 1) for number in range(6)]
-        support_set = SupportSet(("ant", "bee"), supports)
-
-        def chosen(limit, seed):
-            drawn = draw_shots(support_set, limit, seed)
-            return {name: [support.image_id for support in own] for name, (own, _) in drawn.items()}
-
-        assert chosen(6, 0) == chosen(30, 1) == {"ant": [0, 1, 2, 3, 4, 5], "bee": [0, 1, 2, 3, 4, 5]}
-        draws = [chosen(3, seed) for seed in range(4)]
-        assert draws == [chosen(3, seed) for seed in range(4)]
-        assert all(len(own) == 3 and own == sorted(set(own)) for draw in draws for own in draw.values())
-        assert any(draw["ant"] != draw["bee"] for draw in draws) and any(draw != draws[0] for draw in draws)
 
     def test_class_without_supports(self, model, folder):
         support_set = SupportSet(NAMES, [support_of(folder, 0, 0), support_of(folder, 1, 2)])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
+from fsdet.methods.os2d.fusion import FUSIONS
+from fsdet.methods.os2d.objective import KINDS
+
 NO_THRESHOLD = -2.0  # below every cosine
 _CHOICES = {
     "VIEWS": ("none", "rotation90", "horflip", "horflip_rotation90"),
-    "FUSION": ("max", "mean", "agree"),
+    "FUSION": FUSIONS,
     "NMS": ("exact", "reference"),
-    "OBJECTIVE": ("rll", "contrastive", "hinge"),
+    "OBJECTIVE": KINDS,
     "PARAMETERS": (4, 6),
 }
 # Smallest and largest value of a number.
