@@ -21,11 +21,11 @@ from fsdet.engine.setup import (
     register_datasets,
     run_classes,
 )
-from fsdet.evaluation.evaluator import DETECTIONS_FILE
-from fsdet.evaluation.ground_truth import Detections, GroundTruth, load_ground_truth
+from fsdet.engine.tested_run import config_file, detections_of_run, tested_on
+from fsdet.evaluation.ground_truth import GroundTruth
 from fsdet.evaluation.report_gallery import Gallery, GalleryRow, Picture, draw_example, draw_support
 from fsdet.evaluation.report_labels import method_name
-from fsdet.evaluation.report_matching import choose, judge, read_detections
+from fsdet.evaluation.report_matching import choose, judge
 from fsdet.evaluation.result import RunResult, read_result
 
 EXAMPLES = 6  # pictures of a class
@@ -54,7 +54,7 @@ def gather_gallery(
         ValueError: a base-stage run, an unknown class, K-shot lists or detections that are not those of this run.
     """
     folder = Path(folder)
-    config = _config_file(folder)
+    config = config_file(folder)
     opts = ["FEWSHOT.ROOT", str(data_root)] if data_root else []
     cfg = load_config(str(config), opts)
     names = _shown_classes(cfg, config, classes)
@@ -62,8 +62,8 @@ def gather_gallery(
     result = read_result(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else None
     support_set = SupportSet.from_records(DatasetCatalog.get(cfg.DATASETS.TRAIN[0]), run_classes(cfg), min_shots=0)
     _check_samples(cfg, folder, result)
-    files, truth = _test_set(cfg)
-    detections = _detections(folder, config, truth)
+    files, truth = tested_on(cfg)
+    detections = detections_of_run(folder, config, truth)
     rows = []
     for name in names:
         shots = support_set.shots(name)
@@ -76,14 +76,6 @@ def gather_gallery(
         facts = _facts(result, truth, judged.class_id, len(judged.rows), len(judged.missed))
         rows.append(GalleryRow(name, facts, len(shots), shown, tuple(pictures)))
     return Gallery(_title(cfg, result), tuple(_notes(cfg, folder, truth)), tuple(rows))
-
-
-def _config_file(folder: Path) -> Path:
-    """The config of a run, also seen from the folder of another evaluation inside it."""
-    for place in (folder, folder.parent) if folder.is_dir() else ():
-        if (place / "config.yaml").is_file():
-            return place / "config.yaml"
-    raise FileNotFoundError(f"{folder / 'config.yaml'}: not found; a gallery needs the folder of a run, which holds it")
 
 
 def _shown_classes(cfg: CfgNode, config: Path, wanted: Sequence[str]) -> list[str]:
@@ -104,23 +96,6 @@ def _check_samples(cfg: CfgNode, folder: Path, result: RunResult | None) -> None
             f"{files[0].parent}: these K-shot lists are not those that {folder / RESULT_FILE} was made with; put the "
             "former lists back, or say where they are with --data-root"
         )
-
-
-def _test_set(cfg: CfgNode) -> tuple[dict[int | str, str], GroundTruth]:
-    """Image id -> file, and the ground truth of the images that the run was tested on."""
-    (name,) = cfg.DATASETS.TEST
-    files = {record["image_id"]: record["file_name"] for record in DatasetCatalog.get(name)}
-    return files, load_ground_truth(name).restrict(list(files))
-
-
-def _detections(folder: Path, config: Path, truth: GroundTruth) -> Detections:
-    path = folder / "inference" / DETECTIONS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: not found; evaluate the run again, which writes it: "
-            f"python tools/train_net.py --config-file {config} --eval-only --resume"
-        )
-    return read_detections(path, truth)
 
 
 def _support_picture(support: Support) -> Picture:

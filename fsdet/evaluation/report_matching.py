@@ -96,7 +96,7 @@ def read_detections(path: str | Path, truth: GroundTruth) -> Detections:
     )
 
 
-def judge(truth: GroundTruth, detections: Detections, class_id: int) -> Judged:
+def judge(truth: GroundTruth, detections: Detections, class_id: int, *, min_iou: float = MIN_IOU) -> Judged:
     """Match the detections of one class with its objects, image by image and by falling score."""
     rows = np.flatnonzero(detections.class_ids == class_id)
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
@@ -108,7 +108,7 @@ def judge(truth: GroundTruth, detections: Detections, class_id: int) -> Judged:
         objects = own[truth.image_index[own] == image]
         free = ~truth.ignored[objects]
         for place, overlaps in zip(places, overlap(truth, detections, rows[places], objects), strict=True):
-            good = overlaps >= MIN_IOU
+            good = overlaps >= min_iou
             if (good & free).any():
                 best = np.argmax(np.where(good & free, overlaps, -1.0))
                 verdicts[place], taken[place], free[best] = CORRECT, objects[best], False

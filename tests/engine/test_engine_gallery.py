@@ -60,7 +60,7 @@ def test_evaluation_inside_a_run(run_folder):
 
 
 def test_missing_files(run_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere/config.yaml: not found; a gallery needs the folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/config.yaml: not found; name the folder of an evaluated run"):
         gather_gallery(tmp_path / "other" / "nowhere")
     shutil.rmtree(run_folder / "inference")
     with pytest.raises(FileNotFoundError, match=r"detections.json: not found; evaluate .*config.yaml --eval-only"):
