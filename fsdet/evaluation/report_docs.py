@@ -1,8 +1,9 @@
 """Tables of the documentation, built from committed result files and never typed.
 
 A document marks a table with a pair of comments, `<!-- table: NAME METRIC METRIC ... -->` and `<!-- end of table -->`;
-what stands between them is replaced by the headline tables of the results below docs/results/NAME. End marks that
-follow each other, as a merge may leave them, become one.
+what stands between them is replaced by the headline tables of the results below docs/results/NAME. Several folders are
+joined by "+", and a word such as `seeds=0-1` among the metrics says which seeds are averaged. End marks that follow
+each other, as a merge may leave them, become one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .report_render import render_brief
 from .report_rows import load_results
 
 _START, _END = "<!-- table:", "<!-- end of table -->"
+_SEEDS = "seeds="
 _MARK = re.compile(rf"({_START} (\S+)((?: \S+)*) -->\n)(.*?)({_END})(?:\s*{_END})*", re.DOTALL)
 
 
@@ -31,10 +33,22 @@ def fill_tables(text: str, results: Path) -> str:
     _check_marks(text)
 
     def table(mark: re.Match[str]) -> str:
-        sections = build_report(load_results([results / mark[2]]), metrics=tuple(mark[3].split()))
+        words = mark[3].split()
+        metrics = tuple(word for word in words if not word.startswith(_SEEDS))
+        ranges = [word.removeprefix(_SEEDS) for word in words if word.startswith(_SEEDS)]
+        seeds = _seeds(ranges[-1]) if ranges else None
+        found = load_results([results / name for name in mark[2].split("+")])
+        sections = build_report(found, metrics=metrics, seeds=seeds)
         return f"{mark[1]}\n{render_brief(sections, 'pipe')}\n{mark[5]}"
 
     return _MARK.sub(table, text)
+
+
+def _seeds(text: str) -> range:
+    """The seeds of "0-9". Raises: ValueError for another word."""
+    if not (found := re.fullmatch(r"(\d+)-(\d+)", text)):
+        raise ValueError(f'"{_SEEDS}{text}" is no range of seeds; write {_SEEDS}0-9')
+    return range(int(found[1]), int(found[2]) + 1)
 
 
 def _check_marks(text: str) -> None:

@@ -39,3 +39,18 @@ def test_doubled_ends_become_one(results, between):
 def test_broken_marks_are_refused(results, text, message):
     with pytest.raises(ValueError, match=message):
         fill_tables(text, results)
+
+
+def test_joined_folders_and_seeds(tmp_path):
+    """Two methods from two folders, of which one has a seed that the other lacks."""
+    for seed, nap50 in enumerate((30.0, 40.0, 99.0)):
+        make_run(tmp_path / "one", method="tfa", seed=seed, nap50=nap50)
+    for seed, nap50 in enumerate((10.0, 20.0)):
+        make_run(tmp_path / "two" / "deep", method="other", seed=seed, nap50=nap50)
+    filled = fill_tables(f"<!-- table: one+two/deep nAP50 seeds=0-1 -->\n{END}\n", tmp_path)
+    assert "35.00" in filled and "15.00" in filled and "99" not in filled
+    assert fill_tables(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match='"seeds=two" is no range of seeds'):
+        fill_tables(f"<!-- table: one+two/deep nAP50 seeds=two -->\n{END}\n", tmp_path)
+    with pytest.raises(ValueError, match="seed"):
+        fill_tables(f"<!-- table: one+two/deep nAP50 -->\n{END}\n", tmp_path)
