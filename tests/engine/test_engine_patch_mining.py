@@ -54,7 +54,7 @@ def cfg(records, tmp_path):
     cfg.OS2D = CfgNode({"EVAL_SCALE": 200, "IMAGE_SIZE": 0, "CLASS_IMAGE_SIZE": 24, "PYRAMID": (1.0, 1.0)})
     patch = {"ENABLED": True, "SIZE": SIDE, "SCALE": 0.0, "SCALE_JITTER": 0.7, "ASPECT_JITTER": 0.9}
     patch |= {"MIN_COVERAGE": 0.7, "FLIP": False, "COLOUR": False, "EXTRA_NEGATIVES": 0, "OWN_OBJECTS": False}
-    patch |= {"MINING_PERIOD": 2, "MINING_CLASSES": 200, "MINING_SCALES": 1, "MINED_PER_IMAGE": 10}
+    patch |= {"OBJECT_SIZE": 0, "MINING_PERIOD": 2, "MINING_CLASSES": 200, "MINING_SCALES": 1, "MINED_PER_IMAGE": 10}
     cfg.INPUT.PATCH = CfgNode(patch)
     return cfg
 
