@@ -7,6 +7,7 @@ where a class has too few images, down to a single one.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ class FreshEpisodes:
 class LegacyEpisodes:
     """The release's draws: a function of the query alone, every one seeded with the id of its first annotation.
 
-    Equal to the release's only with a pool in the order of its support table (INPUT.FS.TABLE).
+    Equal to the release's only with a pool in the order of its support table (INPUT.FS.TABLE) and ids that are numbers
+    (COCO's). The release knows no other ids; one that is a text (VOC's) seeds with its CRC-32.
     """
 
     def __init__(self, pool: SupportSet, *, n_shot: int) -> None:
@@ -155,10 +157,10 @@ class LegacyEpisodes:
         faults = []
         for record in records:
             query, name = record[QUERY], self.pool.classes[record[QUERY].class_id]
-            if type(query.annotation_id) is not int or not 0 <= query.annotation_id < 2**32:
+            if _draw_seed(query.annotation_id) is None:
                 raise ValueError(
                     f"{record['file_name']}: annotation id {query.annotation_id!r}; INPUT.FS.SAMPLING legacy needs ids "
-                    "that are numbers in [0, 2^32), which seed its draws. Use INPUT.FS.SAMPLING fresh."
+                    "that are texts, or numbers in [0, 2^32), which seed its draws. Use INPUT.FS.SAMPLING fresh."
                 )
             if not self.pool.places(name, query.image_id):
                 raise ValueError(
@@ -222,6 +224,13 @@ class LegacyEpisodes:
         return taken
 
 
-def _first_of_permutation(size: int, seed: int) -> int:
-    """How the release draws one of `size` rows: the first entry of a seeded permutation."""
-    return int(np.random.RandomState(seed).permutation(size)[0])
+def _first_of_permutation(size: int, annotation_id: int | str | None) -> int:
+    """How the release draws one of `size` rows: the first entry of a permutation seeded with an annotation's id."""
+    return int(np.random.RandomState(_draw_seed(annotation_id)).permutation(size)[0])
+
+
+def _draw_seed(annotation_id: int | str | None) -> int | None:
+    """The seed that an annotation's id gives, or None."""
+    if isinstance(annotation_id, str):
+        return zlib.crc32(annotation_id.encode())
+    return annotation_id if type(annotation_id) is int and 0 <= annotation_id < 2**32 else None

@@ -33,11 +33,11 @@ from fsdet.engine.benchmark_parts import (
     measure_pair,
     memory_pair,
     one_thread,
+    peak_of_process_mib,
     seeded_model,
 )
 from fsdet.engine.setup import load_config, on_this_machine
 from fsdet.engine.trainer import build_detector
-from fsdet.evaluation.result import peak_memory_mib, reset_peak_memory
 from fsdet.modeling.class_memory import ClassEntry, ClassMemory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "fewx"
@@ -267,11 +267,7 @@ def peak_of(size: int, classes: int, opts: Sequence[str]) -> float:
     with one_thread():
         case = Case(size, classes, *opts)
         case.keep(classes)
-        reset_peak_memory()
-        for _ in range(2):
-            case.detect()
-        peak = peak_memory_mib()
-    return peak.get("cuda", peak["rss"])
+        return peak_of_process_mib(lambda: [case.detect() for _ in range(2)])
 
 
 def support_costs(size: int, rounds: int, classes: Sequence[int]) -> Iterator[Pair]:

@@ -16,10 +16,17 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fsdet.engine.benchmark_os2d_release import LIMIT, Matches, ReleasedWay, check_same
-from fsdet.engine.benchmark_parts import Measure, Pair, measure_pair, memory_pair, one_thread, seeded_model
+from fsdet.engine.benchmark_parts import (
+    Measure,
+    Pair,
+    measure_pair,
+    memory_pair,
+    one_thread,
+    peak_of_process_mib,
+    seeded_model,
+)
 from fsdet.engine.setup import load_config, on_this_machine
 from fsdet.engine.trainer import build_detector
-from fsdet.evaluation.result import peak_memory_mib, reset_peak_memory
 from fsdet.layers.correlation import normalize_cells
 from fsdet.methods.os2d.geometry import anchor_boxes, decode_boxes
 from fsdet.methods.os2d.memory import KIND, TEMPLATES
@@ -189,11 +196,7 @@ def peak_of(size: int, classes: int, opts: Sequence[str]) -> float:
         encoder = case.detector.memory_encoder
         entries = {f"class{i}": ClassEntry({TEMPLATES: own[None].cpu()}) for i, own in enumerate(case.templates)}
         case.detector.keep_class_memory(ClassMemory(kind=KIND, encoder=encoder, entries=entries))
-        reset_peak_memory()
-        for _ in range(2):
-            case.detector([{"original_image": case.picture}])
-        peak = peak_memory_mib()
-    return peak.get("cuda", peak["rss"])
+        return peak_of_process_mib(lambda: [case.detector([{"original_image": case.picture}]) for _ in range(2)])
 
 
 MEASURED: dict[str, Callable[[int, int, Sequence[int]], Iterator[Pair]]] = {

@@ -76,6 +76,14 @@ def peak_mib(work: Work) -> float:
     return max(peak_memory_mib()[kind] - before[kind], 1.0)
 
 
+def peak_of_process_mib(work: Work) -> float:
+    """Peak memory of this process during a piece of work, with what it held before, in MiB; on a GPU the device's."""
+    reset_peak_memory()
+    work()
+    peak = peak_memory_mib()
+    return peak.get("cuda", peak["rss"])
+
+
 def measure_pair(
     name: str,
     first: tuple[str, Work],

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from fsdet.data.pictures import read_pixels
-from fsdet.engine.benchmark_parts import Measure, cpu_seconds, in_a_process, wall_seconds
+from fsdet.engine.benchmark_parts import Measure, cpu_seconds, in_a_process, peak_of_process_mib, wall_seconds
 from fsdet.engine.open_classes import has_open_classes
 from fsdet.engine.predict_files import find_images
 from fsdet.engine.predictor import Predictor
 from fsdet.engine.record import RESULT_FILE
 from fsdet.engine.validate import is_untrained
-from fsdet.evaluation.result import peak_memory_mib, read_result, reset_peak_memory
+from fsdet.evaluation.result import read_result
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,4 @@ def peak_of_run(run: str, paths: Sequence[Path], threads: int) -> float:
     """Peak memory in MiB of this process while a run detects pictures one by one; on a GPU the device's."""
     torch.set_num_threads(threads)
     predictor = Predictor.from_run(run)
-    reset_peak_memory()
-    for path in paths:
-        predictor(path)
-    peak = peak_memory_mib()
-    return peak.get("cuda", peak["rss"])
+    return peak_of_process_mib(lambda: [predictor(path) for path in paths])

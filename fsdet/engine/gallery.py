@@ -23,9 +23,10 @@ from fsdet.engine.setup import (
 )
 from fsdet.engine.tested_run import config_file, detections_of_run, tested_on
 from fsdet.evaluation.ground_truth import GroundTruth
+from fsdet.evaluation.matching import judge
+from fsdet.evaluation.report_choice import choose
 from fsdet.evaluation.report_gallery import Gallery, GalleryRow, Picture, draw_example, draw_support
 from fsdet.evaluation.report_labels import method_name
-from fsdet.evaluation.report_matching import choose, judge
 from fsdet.evaluation.result import RunResult, read_result
 
 EXAMPLES = 6  # pictures of a class

@@ -12,7 +12,7 @@ from fsdet.engine.setup import config_classes, load_config, register_datasets
 from fsdet.evaluation.bootstrap import DRAWS, Difference, paired_bootstrap
 from fsdet.evaluation.evaluator import DETECTIONS_FILE
 from fsdet.evaluation.ground_truth import Detections, GroundTruth, load_ground_truth
-from fsdet.evaluation.report_matching import read_detections
+from fsdet.evaluation.matching import read_detections
 
 GROUPS = ("all", "base", "novel")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ground_truth import Detections, GroundTruth
-from .report_matching import CORRECT, IGNORED, judge
+from .matching import CORRECT, IGNORED, judge
 
 DRAWS = 1000
 LEVEL = 95  # percent of the draws that lie in the interval

@@ -18,7 +18,8 @@ from PIL import Image
 from fsdet.data.drawing import RGB, XYXY, Mark, crop_around, draw_marks
 
 from .ground_truth import Detections, GroundTruth
-from .report_matching import CORRECT, FALSE, Example, Judged, judge, overlap, why_false
+from .matching import CORRECT, FALSE, Judged, judge, overlap
+from .report_choice import Example, why_false
 
 BUDGET = 6 * 2**20  # bytes of all pictures of a page, as text
 SIDE, SUPPORT_SIDE = 320, 144  # px, longer side of a picture; larger ones would only make its labels smaller

@@ -1,5 +1,6 @@
 """How supports are drawn: golden draws of the release, fresh draws where images are many, few, one or none."""
 
+import zlib
 from collections import Counter
 
 import golden_fewx
@@ -52,7 +53,7 @@ def test_legacy_faults_are_found_before_training(golden_queries, golden_pool):
     fine = [r for r, e in zip(golden_queries, golden_fewx.RULES["sampled_supports"], strict=True) if "error" not in e]
     assert LegacyEpisodes(golden_pool, n_shot=SHOTS).check(fine) == fine
     episodes = LegacyEpisodes(golden_pool, n_shot=1)
-    for number in (None, "2007_000032/0", -1, 2**32):
+    for number in (None, True, -1, 2**32):
         record = {**fine[0], QUERY: Query(4, fine[0][QUERY].class_id, (), number)}
         with pytest.raises(ValueError, match=r"000000000004\.jpg: annotation id .* Use INPUT.FS.SAMPLING fresh"):
             episodes.check([record])
@@ -62,6 +63,20 @@ def test_legacy_faults_are_found_before_training(golden_queries, golden_pool):
     everywhere = SupportSet("ab", [Support("1", 1, 1, 0, (0, 0, 1, 1)), Support("1", 1, 2, 1, (0, 0, 1, 1))])
     with pytest.raises(ValueError, match="Image 1 shows every class"):
         LegacyEpisodes(everywhere, n_shot=1).check([{"file_name": "1", QUERY: Query(1, 0, (0, 1), 1)}])
+
+
+def test_legacy_draws_of_ids_that_are_texts(golden_pool):
+    """VOC's ids name a picture and an object; their CRC-32 is the seed, so the draws differ and are repeatable."""
+    episodes = LegacyEpisodes(golden_pool, n_shot=1)
+    name = golden_pool.appearance[0]
+    shots, class_id = golden_pool.shots(name), golden_pool.classes.index(name)
+
+    def draw(annotation_id):
+        return episodes.draw(Query(shots[0].image_id, class_id, (class_id,), annotation_id)).supports
+
+    texts = [draw(f"2007_000032/{number}") for number in range(6)]
+    assert len(set(texts)) > 1 and texts == [draw(f"2007_000032/{number}") for number in range(6)]
+    assert draw("2007_000032/0") == draw(zlib.crc32(b"2007_000032/0"))
 
 
 def test_legacy_draws_against_the_plain_rule(golden_queries, golden_pool):

@@ -10,7 +10,7 @@ from fsdet.evaluation.bootstrap import Difference, paired_bootstrap, rank_classe
 from fsdet.evaluation.coco_style import coco_metrics, coco_precision
 from fsdet.evaluation.evaluator import build_evaluator
 from fsdet.evaluation.ground_truth import Detections, load_ground_truth
-from fsdet.evaluation.report_matching import read_detections
+from fsdet.evaluation.matching import read_detections
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fsdet.evaluation.ground_truth import Detections, GroundTruth, load_ground_truth
+from fsdet.evaluation.matching import judge, read_detections
+from fsdet.evaluation.report_choice import choose, why_false
 from fsdet.evaluation.report_gallery import (
     COLOURS,
     SIDE,
@@ -25,7 +27,6 @@ from fsdet.evaluation.report_gallery import (
     render_galleries,
     verdict_marks,
 )
-from fsdet.evaluation.report_matching import choose, judge, read_detections, why_false
 
 
 def truth_of(objects, images=3):
