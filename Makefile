@@ -1,6 +1,6 @@
 # make setup | test | lint | demo | demo-short | clean | help     PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
-# Processes that share the tests, each with one thread and up to 2 GB.
+# Processes that share the tests, each with one thread and up to 2 GB; PYTEST_OPTS="-k fewx" and the like go to pytest.
 TEST_WORKERS ?= 2
 .PHONY: setup test lint demo demo-short clean help
 
@@ -20,7 +20,7 @@ setup:
 RUN = OMP_WAIT_POLICY=passive PYTHONPATH="$(CURDIR)" "$$(cat .setup/python)"
 
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_OPTS) -n $(TEST_WORKERS) --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -36,7 +36,8 @@ def test_model_pairs_run(monkeypatch):
 
 def test_memory_is_what_the_work_adds():
     held = torch.ones(2**20)
-    assert 30 < peak_mib(lambda: torch.ones(2**23).sum()) < 50  # 32 MiB
+    # 64 MiB: smaller blocks may come from what earlier tests have left in the heap.
+    assert 60 < peak_mib(lambda: torch.ones(2**24).sum()) < 80
     assert held.sum() == 2**20
 
 

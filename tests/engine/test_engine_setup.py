@@ -197,7 +197,7 @@ def test_missing_file_and_unsafe_yaml(tmp_path):
     for wrong in ("tfa/voc_coss.yaml", "tfaa/voc_cos.yaml", "tfa/voc_cos"):
         with pytest.raises(FileNotFoundError, match=f"did you mean {cos}"):
             load_config(str(CONFIGS / wrong))
-    with pytest.raises(FileNotFoundError, match=r"demo has base, cos, ft_full"):
+    with pytest.raises(FileNotFoundError, match=r"demo has base, base_c4, cos, ft_full"):
         load_config(str(CONFIGS / "demo" / "zzzzzz.yaml"))
     target = tmp_path / "executed"
     path = tmp_path / "payload.yaml"
