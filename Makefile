@@ -1,13 +1,13 @@
 # make setup | test | lint | demo | demo-short | clean | help     PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
-# Processes that share the tests, each with one thread and up to 2 GB; PYTEST_OPTS="-k fewx" and the like go to pytest.
+# Processes that share the tests, each with one thread and up to 2 GB; 0: all in one, as a debugger needs it.
 TEST_WORKERS ?= 2
 .PHONY: setup test lint demo demo-short clean help
 
 help:
 	@echo "make demo         train, fine-tune and evaluate on the embedded data set (minutes on two cores)"
 	@echo "make demo-short   the same in a shorter form, to see that everything works; the figures mean nothing"
-	@echo "make test         the default test suite, in two processes (TEST_WORKERS=8: in eight)"
+	@echo "make test         the default test suite, in two processes (TEST_WORKERS=8, PYTEST_OPTS=\"-k fewx\")"
 	@echo "make lint         formatting, lint and import contracts"
 	@echo "make setup        install only; the other targets call it"
 	@echo "make clean        remove the installation (.venv, .setup)"

@@ -70,3 +70,36 @@ def test_own_data_is_the_same_on_both_pages():
     """tests/engine/test_engine_own_data.py runs the lines of docs/datasets.md."""
     first, second = (own_data((ROOT / page).read_text()) for page in ("README.md", "docs/datasets.md"))
     assert first == second and "FEWSHOT.ROOT datasets/my_set" in first
+
+
+def commands(text):
+    """Shell commands of the code blocks, continued lines joined and the page's own variables put in."""
+    found = []
+    for block in re.findall(r"```\n(.*?)```", text, re.S):
+        variables = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip()
+            for name, value in variables.items():
+                line = re.sub(rf"\$(?:{name}\b|{{{name}}})", lambda _, value=value: value, line)
+            if assigned := re.fullmatch(r'(\w+)=(?:"(.*)"|(\S+))', line):
+                variables[assigned[1]] = assigned[2] or assigned[3] or ""
+            elif line.startswith("python "):
+                found.append(line)
+    return found
+
+
+def swallowed_flags(command):
+    """Options behind the first KEY VALUE pair, where the programs take them for a part of the pairs."""
+    words = command.partition("#")[0].split()
+    first = next((place for place, word in enumerate(words) if re.fullmatch(r"[A-Z]\w*(\.[A-Z_]+)+", word)), len(words))
+    return [word for word in words[first:] if word.startswith("--")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_stand_before_overrides(page):
+    assert [line for line in commands(page.read_text(encoding="utf-8")) if swallowed_flags(line)] == []
+
+
+def test_a_swallowed_flag_is_found():
+    text = '```\nT="A.KEY 1"\npython tool.py $T \\\n    --eval-only\npython tool.py --eval-only $T\n```\n'
+    assert [swallowed_flags(line) for line in commands(text)] == [["--eval-only"], []]

@@ -226,7 +226,9 @@ class LegacyEpisodes:
 
 def _first_of_permutation(size: int, annotation_id: int | str | None) -> int:
     """How the release draws one of `size` rows: the first entry of a permutation seeded with an annotation's id."""
-    return int(np.random.RandomState(_draw_seed(annotation_id)).permutation(size)[0])
+    seed = _draw_seed(annotation_id)
+    assert seed is not None, f"annotation id {annotation_id!r} gives no seed; check() refuses it"
+    return int(np.random.RandomState(seed).permutation(size)[0])
 
 
 def _draw_seed(annotation_id: int | str | None) -> int | None:

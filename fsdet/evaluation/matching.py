@@ -1,4 +1,4 @@
-"""Which detections of a class are correct: what the gallery shows and the bootstrap counts.
+"""Detections as an evaluation has written them, and which are correct: for the gallery and the bootstrap.
 
 A detection is correct when its IoU with an object of its class is at least 0.5 and no detection of a higher score has
 taken that object: COCO's rule. VOC's differs from it only where objects of one class overlap.

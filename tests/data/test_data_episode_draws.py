@@ -77,6 +77,9 @@ def test_legacy_draws_of_ids_that_are_texts(golden_pool):
     texts = [draw(f"2007_000032/{number}") for number in range(6)]
     assert len(set(texts)) > 1 and texts == [draw(f"2007_000032/{number}") for number in range(6)]
     assert draw("2007_000032/0") == draw(zlib.crc32(b"2007_000032/0"))
+    query = Query(shots[0].image_id, class_id, (class_id,), "2007_000032/0")
+    records = [{"file_name": "2007_000032.jpg", QUERY: query}]
+    assert episodes.check(records) == records
 
 
 def test_legacy_draws_against_the_plain_rule(golden_queries, golden_pool):

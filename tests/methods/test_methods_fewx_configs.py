@@ -44,6 +44,17 @@ def test_novel_stages_go_on_from_their_base_run(name, shot, load):
     assert cfg.FEWX.INIT == ""
 
 
+def test_quickstart_goes_on_from_its_detector(load, tmp_path):
+    """The detector is trained where FEWX.INIT looks for it, and samples its regions as FewX does."""
+    path = FOLDER.parent / "demo" / "base_c4.yaml"
+    detector, fewx = load_config(str(path), ["FEWSHOT.ROOT", str(tmp_path)]), load("demo_base")
+    assert f"{detector.OUTPUT_DIR}/model_final.pth" == fewx.FEWX.INIT
+    for key in ("POOLER_RESOLUTION", "POOLER_SAMPLING_RATIO", "POOLER_TYPE"):
+        assert detector.MODEL.ROI_BOX_HEAD[key] == fewx.MODEL.ROI_BOX_HEAD[key]
+    assert detector.MODEL.RESNETS == fewx.MODEL.RESNETS and detector.MODEL.TIMM == fewx.MODEL.TIMM
+    assert detector.INPUT.MIN_SIZE_TEST == fewx.INPUT.MIN_SIZE_TEST
+
+
 def test_recipe_of_the_release():
     base = load_config(str(FOLDER / "coco_release_base.yaml"))
     assert (base.SOLVER.BASE_LR, base.SOLVER.IMS_PER_BATCH, base.SOLVER.MAX_ITER) == (0.004, 8, 120_000)
