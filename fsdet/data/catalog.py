@@ -306,6 +306,8 @@ def _describe(spec: DatasetSpec, sources: DatasetSources) -> dict[str, Any]:
     if not spec.shot:
         path = json_file(spec, sources)
         described["json_file"] = str(path)
+        if spec.part == "test" and sources.test_list:
+            described["test_list"] = str(sources.test_list)
         if spec.benchmark == "custom":
             ids = custom.read_categories(path)
             _check_known(ids, sources, path)

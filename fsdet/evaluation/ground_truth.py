@@ -99,7 +99,7 @@ class Detections:
 
 
 def load_ground_truth(dataset_name: str) -> GroundTruth:
-    """Read the annotations of a registered test set.
+    """Read the annotations of a registered test set; of the images that the metadata's `test_list` names, if it does.
 
     Raises:
         FileNotFoundError: the metadata names a COCO file that does not exist.
@@ -113,9 +113,13 @@ def load_ground_truth(dataset_name: str) -> GroundTruth:
         )
     json_file = metadata.get("json_file")
     if json_file:
-        return _from_coco_file(
+        truth = _from_coco_file(
             Path(json_file), tuple(names), metadata.get("thing_dataset_id_to_contiguous_id"), dataset_name
         )
+        if not (test_list := metadata.get("test_list")):
+            return truth
+        listed = set(Path(test_list).read_text(encoding="utf-8").split())
+        return truth.restrict([image_id for image_id in truth.image_ids if str(image_id) in listed])
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(f'Data set "{dataset_name}" has neither a json_file nor registered records to evaluate with')
     return ground_truth_from_records(DatasetCatalog.get(dataset_name), names, source=dataset_name)

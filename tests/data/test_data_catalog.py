@@ -17,6 +17,7 @@ from fsdet.data import seeds
 from fsdet.data.catalog import DatasetSources, DatasetSpec, check_sources, load_records, register, sample_files
 from fsdet.data.splits import VOC_CLASSES, voc_split
 from fsdet.data.support import Support, SupportSet
+from fsdet.evaluation.ground_truth import load_ground_truth
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -115,6 +116,19 @@ class TestRegister:
             assert name in DatasetCatalog
             with pytest.raises(FileNotFoundError):
                 DatasetCatalog.get(name)
+
+    def test_a_list_of_test_images_bounds_the_ground_truth(self, coco_tree, voc_tree, tmp_path, clean_catalogs):
+        """What was not looked at counts neither way, whether the truth is a COCO file or the records."""
+        for benchmark, root in (("coco", coco_tree), ("voc", voc_tree)):
+            spec, whole = DatasetSpec(benchmark, "test", "all"), DatasetSources(root=root)
+            ids = [record["image_id"] for record in load_records(spec, whole)]
+            assert len(ids) > 1 and set(load_ground_truth(register(spec, whole)).image_ids) == set(ids)
+            path = tmp_path / "one.txt"
+            path.write_text(f"{ids[-1]}\n")
+            name = register(spec, replace(whole, test_list=path))
+            truth = load_ground_truth(name)
+            assert truth.image_ids == (ids[-1],) == tuple(r["image_id"] for r in DatasetCatalog.get(name))
+            assert len(truth.boxes) > 0
 
     def test_metadata(self, voc_tree, coco_tree, own_tree, clean_catalogs):
         metadata = MetadataCatalog.get(register(DatasetSpec("voc", "test", "all", 2), DatasetSources(root=voc_tree)))
