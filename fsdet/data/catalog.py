@@ -19,6 +19,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.data import coco, custom, oneshot, oneshot_supports, voc
+from fsdet.data.files import listed_images
 from fsdet.data.records import LoadReport, Record, missing_file
 from fsdet.data.seeds import check_manifest, coco_shot_path, voc_shot_path
 from fsdet.data.spec import DatasetSources, DatasetSpec, class_file
@@ -153,7 +154,7 @@ def _listed(records: list[Record], path: Path) -> list[Record]:
         raise FileNotFoundError(
             f"{path}: no such list of test images (FEWSHOT.TEST_LIST); leave it empty to test on all"
         )
-    wanted = path.read_text(encoding="utf-8").split()
+    wanted = listed_images(path)
     found = [record for record in records if str(record["image_id"]) in set(wanted)]
     if not wanted or len(found) != len(wanted):
         unknown = sorted(set(wanted) - {str(record["image_id"]) for record in records})

@@ -48,3 +48,8 @@ def sha256_of(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed_images(path: str | Path) -> list[str]:
+    """The image ids of a list of test images (FEWSHOT.TEST_LIST), as texts and in its order."""
+    return Path(path).read_text(encoding="utf-8").split()

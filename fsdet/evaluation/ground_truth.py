@@ -18,6 +18,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from fsdet.data.files import listed_images
+
 logger = logging.getLogger(__name__)
 
 
@@ -118,7 +120,7 @@ def load_ground_truth(dataset_name: str) -> GroundTruth:
         )
         if not (test_list := metadata.get("test_list")):
             return truth
-        listed = set(Path(test_list).read_text(encoding="utf-8").split())
+        listed = set(listed_images(test_list))
         return truth.restrict([image_id for image_id in truth.image_ids if str(image_id) in listed])
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(f'Data set "{dataset_name}" has neither a json_file nor registered records to evaluate with')
