@@ -102,6 +102,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self._use_heuristics = False
         self._already_read: dict[str, dict[str, Any]] = {}
         self._loading: dict[str, Any] = {}
+        self._left_out: tuple[str, ...] = ()
 
     # Reading
 
@@ -117,7 +118,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         path = os.fspath(path or "")
         self._use_heuristics = path.endswith(_HEURISTICS_QUERY)
         path = path.removesuffix(_HEURISTICS_QUERY)
-        self.source, self.report, self.recorded = path, None, {}
+        self.source, self.report, self.recorded, self._left_out = path, None, {}, ()
         if path and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint {path} not found; check MODEL.WEIGHTS")
         try:
@@ -137,7 +138,11 @@ class FewShotCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = self._already_read.pop(filename, None) or load_weights(filename)
-        if self._use_heuristics or self._has_bare_names(checkpoint["model"]):
+        bare = self._has_bare_names(checkpoint["model"])
+        if bare:
+            self._left_out = self._top_layers_of_other_shape(checkpoint["model"])
+            checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if k not in self._left_out}
+        if self._use_heuristics or bare:
             checkpoint["matching_heuristics"] = True
         if self.strict_heads:
             self._check_classes(checkpoint)
@@ -149,6 +154,18 @@ class FewShotCheckpointer(DetectionCheckpointer):
         if any(name in names for name in state_dict):
             return False
         return any(own.endswith("." + name) for name in state_dict for own in names)
+
+    def _top_layers_of_other_shape(self, state_dict: Mapping[str, Any]) -> tuple[str, ...]:
+        """Bare names of a file's own last layers that match a layer of the model by name, but none by shape.
+
+        The classifier of an ImageNet file is "linear", and so are layers of detectors that have nothing to do with it.
+        """
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for name, tensor in self.model.state_dict().items():
+            shapes.setdefault(".".join(name.split(".")[-2:]), set()).add(tuple(tensor.shape))
+        top = {name: value for name, value in state_dict.items() if name.count(".") == 1 and name in shapes}
+        fitting = {name.split(".")[0] for name, value in top.items() if tuple(value.shape) in shapes[name]}
+        return tuple(name for name in top if name.split(".")[0] not in fitting)
 
     def _check_classes(self, checkpoint: Mapping[str, Any]) -> None:
         in_file, in_model = predictor_classes(checkpoint["model"]), predictor_classes(self.model.state_dict())
@@ -184,7 +201,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self.report = LoadReport(
             matched=tuple(name for name in self.model.state_dict() if name in filled),
             missing=missing,
-            unexpected=tuple(incompatible.unexpected_keys),
+            unexpected=(*incompatible.unexpected_keys, *self._left_out),
             mismatched=mismatched,
         )
         if self.require_full and not self.report.is_full:

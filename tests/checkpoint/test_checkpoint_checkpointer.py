@@ -275,6 +275,30 @@ def test_bare_backbone_finds_its_place(tmp_path, tiny_detector, kind, suffix):
     assert checkpointer.report.unexpected == ("linear.weight",)
 
 
+def test_classifier_of_a_backbone_file_is_not_taken_for_a_layer_of_its_name(tmp_path, tiny_detector, caplog):
+    source, target = tiny_detector("c4"), tiny_detector("c4")
+    target.head = nn.ModuleDict({"linear": nn.Linear(4, 2)})
+    bare = backbone_of(source, "c4")
+    classifier = {"linear.weight": torch.ones(3, 8), "linear.bias": torch.ones(3)}
+    save_atomic(bare | classifier, tmp_path / "backbone.pth")
+    checkpointer = FewShotCheckpointer(target)
+    checkpointer.load(tmp_path / "backbone.pth")
+    assert checkpointer.report.unexpected == tuple(classifier) and not checkpointer.report.mismatched
+    assert len(checkpointer.report.matched) == len(bare)
+    assert not any("linear" in record.getMessage() and "hape" in record.getMessage() for record in caplog.records)
+
+
+def test_last_layer_of_a_backbone_file_loads_where_it_fits(tmp_path, tiny_detector):
+    source, target = tiny_detector("c4"), tiny_detector("c4")
+    target.head = nn.ModuleDict({"linear": nn.Linear(8, 3)})
+    layer = {"linear.weight": torch.ones(3, 8), "linear.bias": torch.ones(4)}
+    save_atomic(backbone_of(source, "c4") | layer, tmp_path / "backbone.pth")
+    checkpointer = FewShotCheckpointer(target)
+    checkpointer.load(tmp_path / "backbone.pth")
+    assert torch.equal(target.head["linear"].weight, layer["linear.weight"])
+    assert checkpointer.report.unexpected == ("linear.bias",)
+
+
 def test_caffe2_pickle_is_matched_by_name(tmp_path, tiny_detector):
     detector = tiny_detector("fpn")
     state = detector.state_dict()
