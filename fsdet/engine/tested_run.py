@@ -29,7 +29,7 @@ def tested_on(cfg: CfgNode) -> tuple[dict[int | str, str], GroundTruth]:
     """Image id -> file, and the ground truth of the images that the run was tested on."""
     (name,) = cfg.DATASETS.TEST
     files = {record["image_id"]: record["file_name"] for record in DatasetCatalog.get(name)}
-    return files, load_ground_truth(name).restrict(list(files))
+    return files, load_ground_truth(name)
 
 
 def detections_of_run(folder: Path, config: Path, truth: GroundTruth) -> Detections:
