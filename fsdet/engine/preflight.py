@@ -146,12 +146,12 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _check_leak(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
     """Refuse start weights that have seen labels of the novel classes, where no predictor of classes would tell."""
-    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWX.INIT or cfg.OS2D.ENABLED or cfg.FEWSHOT.STAGE == "novel"):
+    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWSHOT.INIT or cfg.OS2D.ENABLED or cfg.FEWSHOT.STAGE == "novel"):
         return
     if seen := sorted(set(recorded_classes(checkpoint) or ()) & set(config_classes(cfg).novel)):
         raise ValueError(
             f"{cfg.MODEL.WEIGHTS} was trained with labels of {seen}, which are novel classes here. Start from a "
-            "detector of this split's base classes (FEWX.INIT, FEWSHOT.BASE_RUN or MODEL.WEIGHTS)"
+            "detector of this split's base classes (FEWSHOT.INIT, FEWSHOT.BASE_RUN or MODEL.WEIGHTS)"
         )
 
 
@@ -193,8 +193,8 @@ def _weights_remedy(cfg: CfgNode, weights: str) -> str:
     if made_here:
         command = surgery_command(cfg, f"{cfg.FEWSHOT.BASE_RUN}/{MODEL_FILE}", weights)
         return f"train the base stage first, then run\n  {command}\nor set MODEL.WEIGHTS"
-    if cfg.FEWX.INIT and cfg.MODEL.WEIGHTS == cfg.FEWX.INIT:
-        return "train that detector first (FEWX.INIT), or name another one"
+    if cfg.FEWSHOT.INIT and cfg.MODEL.WEIGHTS == cfg.FEWSHOT.INIT:
+        return "train that detector first (FEWSHOT.INIT), or name another one"
     return "correct MODEL.WEIGHTS; docs/datasets.md (Weights) says where the files come from"
 
 

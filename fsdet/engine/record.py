@@ -58,8 +58,8 @@ def backbone_label(cfg: CfgNode) -> str:
 def pretraining_label(cfg: CfgNode) -> str:
     """Where a base stage's backbone starts: a file's name, a package, "timm" (its hub), or "" for random weights."""
     timm_start = cfg.MODEL.TIMM.WEIGHTS or ("timm" if cfg.MODEL.TIMM.PRETRAINED else "")
-    if cfg.FEWX.INIT:
-        return f"detector {Path(cfg.FEWX.INIT).parent.name}:{sha256_of(cfg.FEWX.INIT)[:8]}"
+    if init := cfg.FEWSHOT.INIT:
+        return f"detector {Path(init).parent.name}:{sha256_of(init)[:8]}"
     own = timm_start if "timm" in cfg.MODEL.BACKBONE.NAME.lower() else ""
     return Path(cfg.MODEL.WEIGHTS or own).name
 
@@ -198,7 +198,8 @@ def _switched_off(cfg: CfgNode) -> list[str]:
     """Keys of switches that are off, calibration with all that belongs to it."""
     keys = [] if is_calibrated(cfg) else ["TEST.CALIBRATION"]
     keys += idle_method_keys(cfg)
-    keys.append("TEST.ONESHOT_METRIC")  # adds metrics and changes none
+    # The one adds metrics and changes none, the other is a path; results record the file behind it.
+    keys += ["TEST.ONESHOT_METRIC", "FEWSHOT.INIT"]
     keys += ["INPUT.FS.CACHE_MIB"] if cfg.INPUT.FS.ENABLED else ["INPUT.FS"]
     keys += [] if cfg.INPUT.PATCH.ENABLED else ["INPUT.PATCH"]
     keys += [] if cfg.FEWSHOT.LAYOUT == "oneshot" else list(_ONESHOT)

@@ -70,6 +70,9 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     fewshot.LEAK = "background"
     fewshot.DIFFICULT = True  # train on VOC's difficult objects, as the official loader does
     fewshot.OUTPUT = "output"  # folder that run folders are derived below
+    # Checkpoint of another method's detector that a base stage starts from, with all that the two have in common;
+    # "" = MODEL.WEIGHTS. A novel stage leaves it alone.
+    fewshot.INIT = ""
     # The base run that a novel stage starts from: its folder and the surgered file in it.
     fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
     fewshot.BASE_RUN = ""  # folder; "" = derived from BASE_METHOD, data set and split
@@ -344,14 +347,15 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
     if fewshot.STAGE == "novel":
         run = f"{fewshot.SETTING}/{fewshot.SHOT}shot_seed{fewshot.SEED}"
         run += f"_repeat{fewshot.REPEAT}" if fewshot.REPEAT else ""
+        fewshot.INIT = ""
         cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or surgered_weights(cfg)
         if "INPUT.FS.SUPPORT_SHOT" not in opts[::2]:  # one of the K shots is the query
             cfg.INPUT.FS.SUPPORT_SHOT = max(1, min(cfg.INPUT.FS.SUPPORT_SHOT, fewshot.SHOT - 1))
     else:
         run = "base"
         if "MODEL.WEIGHTS" in opts[::2]:
-            cfg.FEWX.INIT = ""
-        cfg.MODEL.WEIGHTS = cfg.FEWX.INIT or cfg.MODEL.WEIGHTS
+            fewshot.INIT = ""
+        cfg.MODEL.WEIGHTS = fewshot.INIT or cfg.MODEL.WEIGHTS
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
     apply_schedule(cfg, opts, recipe)

@@ -239,7 +239,7 @@ def test_heads_learn_at_their_own_rate(config):
 
 
 def test_starts_from_another_detector(config, tmp_path):
-    """FEWX.INIT: a plain C4 detector gives everything but the relation heads."""
+    """FEWSHOT.INIT: a plain C4 detector gives everything but the relation heads."""
     plain = config(
         "plain.yaml",
         FEWX={"ENABLED": False},
@@ -250,7 +250,7 @@ def test_starts_from_another_detector(config, tmp_path):
     init = next((tmp_path / "output" / "plain").glob("**/model_final.pth"))
     _forget(plain)
     cfg_path = config("base.yaml")
-    run(cfg_path, ["FEWX.INIT", str(init), "SOLVER.BASE_LR", "1e-30", "SOLVER.MAX_ITER", "1"], quiet=True)
+    run(cfg_path, ["FEWSHOT.INIT", str(init), "SOLVER.BASE_LR", "1e-30", "SOLVER.MAX_ITER", "1"], quiet=True)
     before = load_weights(init)["model"]
     result = next((tmp_path / "output" / "fewx").glob("**/result.json"))
     after = load_weights(result.parent / "model_final.pth")["model"]
@@ -335,5 +335,5 @@ def test_memory_bounds_and_places_are_no_part_of_the_recipe(config):
         other = load_config(path, opts)
         assert result_digest(other) == result_digest(plain) and resume_digest(other) == resume_digest(plain)
     assert result_digest(load_config(path, ["FEWX.SHARED_PROPOSALS", "9"])) != result_digest(plain)
-    given = load_config(config("init.yaml", FEWX={"INIT": "a.pth"}), ["MODEL.WEIGHTS", "b.pth"])
-    assert (given.MODEL.WEIGHTS, given.FEWX.INIT) == ("b.pth", "")
+    given = load_config(config("init.yaml", FEWSHOT={"INIT": "a.pth"}), ["MODEL.WEIGHTS", "b.pth"])
+    assert (given.MODEL.WEIGHTS, given.FEWSHOT.INIT) == ("b.pth", "")

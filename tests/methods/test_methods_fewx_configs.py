@@ -41,14 +41,14 @@ def test_novel_stages_go_on_from_their_base_run(name, shot, load):
     assert f"{base.OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS
     assert (cfg.SOLVER.MAX_ITER == 0) == name.endswith("_direct")
     assert (1 if shot == 1 else min(9, base.INPUT.FS.SUPPORT_SHOT)) == cfg.INPUT.FS.SUPPORT_SHOT
-    assert cfg.FEWX.INIT == ""
+    assert cfg.FEWSHOT.INIT == ""
 
 
 def test_quickstart_goes_on_from_its_detector(load, tmp_path):
-    """The detector is trained where FEWX.INIT looks for it, and samples its regions as FewX does."""
+    """The detector is trained where FEWSHOT.INIT looks for it, and samples its regions as FewX does."""
     path = FOLDER.parent / "demo" / "base_c4.yaml"
     detector, fewx = load_config(str(path), ["FEWSHOT.ROOT", str(tmp_path)]), load("demo_base")
-    assert f"{detector.OUTPUT_DIR}/model_final.pth" == fewx.FEWX.INIT
+    assert f"{detector.OUTPUT_DIR}/model_final.pth" == fewx.FEWSHOT.INIT
     for key in ("POOLER_RESOLUTION", "POOLER_SAMPLING_RATIO", "POOLER_TYPE"):
         assert detector.MODEL.ROI_BOX_HEAD[key] == fewx.MODEL.ROI_BOX_HEAD[key]
     assert detector.MODEL.RESNETS == fewx.MODEL.RESNETS and detector.MODEL.TIMM == fewx.MODEL.TIMM

@@ -52,7 +52,6 @@ def add_config(cfg: CfgNode) -> None:
     # 0: proposals of each class apart, exact. n: the n best proposals of all classes together, whose features are
     # computed once; faster and approximate.
     fewx.SHARED_PROPOSALS = 0
-    fewx.INIT = ""  # checkpoint of a C4 detector that the base stage starts from; "" = MODEL.WEIGHTS
 
 
 def complete_config(cfg: CfgNode) -> None:
@@ -83,5 +82,5 @@ def complete_config(cfg: CfgNode) -> None:
 
 
 def idle_keys(cfg: CfgNode) -> list[str]:
-    """Keys that change no result: all of them where FewX is off; else where start weights lie, and a memory bound."""
-    return ["FEWX.INIT", "FEWX.ROWS_AT_ONCE"] if cfg.FEWX.ENABLED else ["FEWX"]
+    """Keys that change no result: all of them where FewX is off, else a memory bound."""
+    return ["FEWX.ROWS_AT_ONCE"] if cfg.FEWX.ENABLED else ["FEWX"]
