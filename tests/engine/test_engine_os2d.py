@@ -205,6 +205,32 @@ def test_objects_of_other_scenes_are_supports_in_any_layout(write_config, tmp_pa
     assert "bAP50" in metrics and "mAP50" not in metrics
 
 
+def test_starts_from_the_features_of_another_detector(config, tmp_path):
+    """FEWSHOT.INIT: a region-based C4 detector gives its stages up to res4."""
+    network = {
+        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 0},
+        "RESNETS": {"OUT_FEATURES": ["res4"], "NORM": "BN"},
+    }
+    heads = {
+        "ANCHOR_GENERATOR": {"SIZES": [[32]]},
+        "RPN": {"IN_FEATURES": ["res4"]},
+        "ROI_HEADS": {"NAME": "Res5ROIHeads", "IN_FEATURES": ["res4"]},
+        "ROI_BOX_HEAD": {"NAME": "", "NUM_FC": 0, "POOLER_RESOLUTION": 14},
+    }
+    os2d = {"OS2D": {"ENABLED": False}, "INPUT": {"PATCH": {"ENABLED": False}}, "SOLVER": {"CLIP_TOTAL_NORM": 0.0}}
+    plain = build_detector(load_config(config("plain.yaml", MODEL=network | heads, **os2d), ["MODEL.DEVICE", "cpu"]))
+    (tmp_path / "trained").mkdir()
+    init = tmp_path / "trained" / "model_final.pth"
+    torch.save({"model": plain.state_dict()}, init)
+    path = config("base.yaml", MODEL=network, FEWSHOT={"INIT": str(init)})
+    run(path, ["SOLVER.BASE_LR", "1e-30", "SOLVER.MAX_ITER", "1"], quiet=True)
+    result = next((tmp_path / "output").rglob("result.json"))
+    before, after = plain.state_dict(), load_weights(result.parent / "model_final.pth")["model"]
+    shared = [name for name in before if name.startswith("backbone.res4") and name.endswith("weight")]
+    assert len(shared) > 20 and [n for n in shared if not torch.allclose(before[n], after[n], atol=1e-5)] == []
+    assert read_result(result).protocol.pretraining.startswith("detector trained:")
+
+
 def test_more_shots_than_pictures_or_than_are_read(stages):
     _, direct = stages
     with pytest.raises(ValueError, match="OS2D.TEST_SHOTS"):

@@ -55,6 +55,14 @@ def test_quickstart_goes_on_from_its_detector(load, tmp_path):
     assert detector.INPUT.MIN_SIZE_TEST == fewx.INPUT.MIN_SIZE_TEST
 
 
+@pytest.mark.parametrize("recipe", ["fewx/voc_small_base", "os2d/voc_small_v1_base", "os2d/voc_small_v2_base"])
+def test_voc_small_goes_on_from_the_base_model_of_defrcn(recipe):
+    detector, cfg = (load_config(str(FOLDER.parent / f"{p}.yaml")) for p in ("defrcn/voc_small_base", recipe))
+    assert f"{detector.OUTPUT_DIR}/model_final.pth" == cfg.FEWSHOT.INIT == cfg.MODEL.WEIGHTS
+    assert detector.INPUT.FORMAT == cfg.INPUT.FORMAT and detector.MODEL.PIXEL_STD == cfg.MODEL.PIXEL_STD
+    assert detector.MODEL.RESNETS.STRIDE_IN_1X1 == cfg.MODEL.RESNETS.STRIDE_IN_1X1
+
+
 def test_recipe_of_the_release():
     base = load_config(str(FOLDER / "coco_release_base.yaml"))
     assert (base.SOLVER.BASE_LR, base.SOLVER.IMS_PER_BATCH, base.SOLVER.MAX_ITER) == (0.004, 8, 120_000)
