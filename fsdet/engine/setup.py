@@ -70,8 +70,8 @@ def add_fewshot_config(cfg: CfgNode) -> None:
     fewshot.LEAK = "background"
     fewshot.DIFFICULT = True  # train on VOC's difficult objects, as the official loader does
     fewshot.OUTPUT = "output"  # folder that run folders are derived below
-    # Checkpoint of another method's detector that a base stage starts from, with all that the two have in common;
-    # "" = MODEL.WEIGHTS. A novel stage leaves it alone.
+    # Detector that a base stage starts from, with all that the two have in common: the METHOD whose base run on this
+    # network, data and split it is, or a file; "" = MODEL.WEIGHTS. A novel stage leaves it alone.
     fewshot.INIT = ""
     # The base run that a novel stage starts from: its folder and the surgered file in it.
     fewshot.BASE_METHOD = ""  # label of the base run's method; "" = METHOD
@@ -353,8 +353,7 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
             cfg.INPUT.FS.SUPPORT_SHOT = max(1, min(cfg.INPUT.FS.SUPPORT_SHOT, fewshot.SHOT - 1))
     else:
         run = "base"
-        if "MODEL.WEIGHTS" in opts[::2]:
-            fewshot.INIT = ""
+        fewshot.INIT = "" if "MODEL.WEIGHTS" in opts[::2] else _init_file(cfg)
         cfg.MODEL.WEIGHTS = fewshot.INIT or cfg.MODEL.WEIGHTS
     if cfg.OUTPUT_DIR in ("", "./output"):
         cfg.OUTPUT_DIR = f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.METHOD)}/{run}"
@@ -362,6 +361,16 @@ def derive(cfg: CfgNode, opts: Sequence[str], recipe: CfgNode) -> None:
     if cfg.SEED >= 0 and "SEED" not in opts[::2]:
         cfg.SEED += 1000 * fewshot.REPEAT
     fewshot.RESOLVED = True
+
+
+def _init_file(cfg: CfgNode) -> str:
+    """The file that FEWSHOT.INIT names: a path, or a method by its label. Raises: ValueError for this run's own."""
+    fewshot = cfg.FEWSHOT
+    if not fewshot.INIT or "/" in fewshot.INIT or Path(fewshot.INIT).suffix:
+        return fewshot.INIT
+    if fewshot.INIT == fewshot.METHOD:
+        raise ValueError(f"FEWSHOT.INIT is {fewshot.INIT}, this run's own FEWSHOT.METHOD; name another one, or a file")
+    return f"{fewshot.OUTPUT}/{run_family(cfg, fewshot.INIT)}/base/{MODEL_FILE}"
 
 
 def surgered_weights(cfg: CfgNode) -> str:

@@ -72,6 +72,11 @@ class Sweep:
                 "MODEL.WEIGHTS would hold for the novel runs too, which then would not start from their base run. Put "
                 "the file where the base config looks for it, or train the base run first with tools/train_net.py"
             )
+        if len(self.bases) > 1 and "FEWSHOT.INIT" in self.opts[::2]:
+            raise ValueError(
+                "FEWSHOT.INIT would hold for every base run, also for the one that it names. Put it into the base "
+                "config, or train the base runs one by one with tools/train_net.py"
+            )
         if self.repeats < 1:
             raise ValueError(f"Sweep.repeats is {self.repeats}; each draw is trained at least once")
 

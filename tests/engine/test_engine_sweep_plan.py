@@ -100,6 +100,7 @@ def test_preset_of_own_data_needs_shots(files):
         ({"seeds": ()}, "seeds is empty"),
         ({"calibration": "on"}, 'calibration is "on"'),
         ({"opts": ("MODEL.WEIGHTS", "R-101.pkl")}, "would not start from their base run"),
+        ({"base": ("a.yaml", "b.yaml"), "opts": ("FEWSHOT.INIT", "a")}, "also for the one that it names"),
     ],
 )
 def test_sweep_without_sense(wrong, said):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fsdet.engine.setup import load_config
+from fsdet.engine.sweep_plan import Sweep, make_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "fewx"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -56,11 +57,25 @@ def test_quickstart_goes_on_from_its_detector(load, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["fewx/voc_small_base", "os2d/voc_small_v1_base", "os2d/voc_small_v2_base"])
-def test_voc_small_goes_on_from_the_base_model_of_defrcn(recipe):
-    detector, cfg = (load_config(str(FOLDER.parent / f"{p}.yaml")) for p in ("defrcn/voc_small_base", recipe))
+def test_voc_small_goes_on_from_the_base_model_of_defrcn(recipe, tmp_path):
+    """Also on another split and below another folder, where a sweep trains the one after the other."""
+    files = [str(FOLDER.parent / f"{name}.yaml") for name in ("defrcn/voc_small_base", recipe)]
+    opts = ["FEWSHOT.SPLIT", "2", "FEWSHOT.OUTPUT", str(tmp_path / "out")]
+    detector, cfg = (load_config(file, opts) for file in files)
     assert f"{detector.OUTPUT_DIR}/model_final.pth" == cfg.FEWSHOT.INIT == cfg.MODEL.WEIGHTS
     assert detector.INPUT.FORMAT == cfg.INPUT.FORMAT and detector.MODEL.PIXEL_STD == cfg.MODEL.PIXEL_STD
     assert detector.MODEL.RESNETS.STRIDE_IN_1X1 == cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    direct = recipe.replace("_base", "_direct")
+    plan = make_plan(Sweep(tuple(files), (str(FOLDER.parent / f"{direct}.yaml"),), (1,), (0,), opts=tuple(opts)))
+    assert [run.after for run in plan] == [(), (plan[0].folder,), (plan[1].folder,)]
+
+
+def test_init_is_a_file_or_another_method():
+    path = str(FOLDER / "voc_small_base.yaml")
+    assert load_config(path, ["FEWSHOT.INIT", "some/model.pth"]).MODEL.WEIGHTS == "some/model.pth"
+    assert load_config(path, ["FEWSHOT.INIT", "model.pth"]).MODEL.WEIGHTS == "model.pth"
+    with pytest.raises(ValueError, match=r"this run's own FEWSHOT\.METHOD"):
+        load_config(path, ["FEWSHOT.INIT", "fewx"])
 
 
 def test_recipe_of_the_release():
