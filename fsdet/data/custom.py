@@ -126,6 +126,8 @@ def _require_fields(data: Mapping[str, Any], path: Path) -> None:
         for row, item in enumerate(data.get(key, ()))
         if any(name not in item for name in fields)
     ]
+    names = [item["name"] for item in data.get("categories", ()) if "name" in item]
+    faults += [f'"categories": the name {n!r} is no text' for n in names if not (isinstance(n, str) and n.strip())]
     if faults:
         _refuse(path, faults)
 

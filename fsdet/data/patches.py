@@ -78,7 +78,10 @@ class PatchRule:
     def draw(
         self, boxes: np.ndarray, height: int, width: int, *, base: float, generator: np.random.Generator
     ) -> Window:
-        """A random part that keeps an object, or after `TRIES` of them the top-left one; never beyond the picture.
+        """A random part that keeps an object; never beyond the picture.
+
+        After `TRIES` parts that do not: the last one, where they are drawn round an object (which is longer than a
+        patch can hold), else the top-left one.
 
         Args:
             boxes: (G, 4) XYXY of all objects in pixels of the picture; without any, every part will do.
@@ -94,6 +97,8 @@ class PatchRule:
             window = self._draw_once(height, width, base, generator, around)
             if not len(boxes) or coverage(boxes, window).max() >= self.min_coverage:
                 return window
+        if around is not None:
+            return window
         side = self.size / base
         return 0, 0, _whole(min(side, width)), _whole(min(side, height))
 

@@ -128,7 +128,7 @@ def _reuse(reader: _Reader, folder: str | Path) -> None:
         return
     try:
         reader.part.keep_class_memory(reader.recall(path))
-    except ValueError as error:  # of another network, or damaged: encoded anew
+    except (ValueError, FileNotFoundError) as error:  # of another network, damaged, or half of it: encoded anew
         logger.info("The supports are encoded anew: %s", error)
 
 
@@ -162,11 +162,14 @@ def recall_or_encode(model: nn.Module, cfg: CfgNode, folder: str | Path) -> None
 
 
 def _refuse_stale(part: RecallableMemory, cfg: CfgNode, memory: ClassMemory, path: Path) -> None:
-    """Raise ValueError when the K-shot data is here and is not what the memory was made of."""
+    """Raise ValueError when the K-shot data is here and is not what the memory was made of.
+
+    Classes that were taken out of the memory, or came in later, are of no concern.
+    """
     if cfg.FEWSHOT.CHOICE == "official":
         return  # draws other shots each time
     try:
-        stale = part.stale_classes(memory, read_supports(cfg))
+        stale = [name for name in part.stale_classes(memory, read_supports(cfg)) if name in memory]
     except FileNotFoundError as error:
         logger.info("%s is taken as it is: the supports are not here (%s)", path, error)
         return

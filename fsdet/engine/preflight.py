@@ -65,14 +65,21 @@ def _read_quietly(spec: DatasetSpec, sources: DatasetSources) -> list[Record]:
 
 
 def check_labels(cfg: CfgNode, records: list[Record]) -> None:
-    """At least one training image shows a labelled object.
+    """At least one training image shows a labelled object, and each class where a detector learns it by its objects.
 
     Raises: ValueError naming the annotation file and what may have emptied it.
     """
-    if any(not a.get("iscrowd", 0) for record in records for a in record["annotations"]):
-        return
+    labelled = {a["category_id"] for record in records for a in record["annotations"] if not a.get("iscrowd", 0)}
     train, _ = dataset_specs(cfg)
     source = dataset_sources(cfg).json_of("train") or train.name
+    if labelled:
+        unseen = [name for number, name in enumerate(run_classes(cfg)) if number not in labelled]
+        if unseen and cfg.FEWSHOT.SURGERY == "none" and cfg.FEWSHOT.LAYOUT != "oneshot":
+            raise ValueError(
+                f"{source}: no object of the classes {unseen} is left for training, and {cfg.FEWSHOT.METHOD} knows a "
+                "class by examples. Label one of each, or take the classes out of the file"
+            )
+        return
     cause = "check its annotations and FEWSHOT.NOVEL_CLASSES"
     if train.removes_leak and train.leak == "drop":
         cause = 'FEWSHOT.LEAK drop takes away every image that shows a novel object; use "ignore" or "background"'
@@ -146,7 +153,7 @@ def check_weights(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _check_leak(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
     """Refuse start weights that have seen labels of the novel classes, where no predictor of classes would tell."""
-    if cfg.FEWSHOT.SURGERY != "none" or not (cfg.FEWSHOT.INIT or cfg.OS2D.ENABLED or cfg.FEWSHOT.STAGE == "novel"):
+    if cfg.FEWSHOT.SURGERY != "none":
         return
     if seen := sorted(set(recorded_classes(checkpoint) or ()) & set(config_classes(cfg).novel)):
         raise ValueError(

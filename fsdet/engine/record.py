@@ -58,7 +58,7 @@ def backbone_label(cfg: CfgNode) -> str:
 def pretraining_label(cfg: CfgNode) -> str:
     """Where a base stage's backbone starts: a file's name, a package, "timm" (its hub), or "" for random weights."""
     timm_start = cfg.MODEL.TIMM.WEIGHTS or ("timm" if cfg.MODEL.TIMM.PRETRAINED else "")
-    if init := cfg.FEWSHOT.INIT:
+    if (init := cfg.FEWSHOT.INIT) and init == cfg.MODEL.WEIGHTS:
         return f"detector {Path(init).parent.name}:{sha256_of(init)[:8]}"
     own = timm_start if "timm" in cfg.MODEL.BACKBONE.NAME.lower() else ""
     return Path(cfg.MODEL.WEIGHTS or own).name

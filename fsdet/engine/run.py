@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -131,12 +133,25 @@ def check_match(cfg: CfgNode, checkpointer: FewShotCheckpointer, *, training: bo
     parameters = dict(checkpointer.model.named_parameters())
     bottom_up = "backbone.bottom_up." if any("bottom_up" in name for name in parameters) else "backbone."
     parts = bottom_up, f"{_predictor_name(checkpointer.model)}."
+    if deeper := _blocks_too_many(report.unexpected, parameters, bottom_up):
+        raise ValueError(
+            f"{cfg.MODEL.WEIGHTS} is of a deeper network than this one (R-{cfg.MODEL.RESNETS.DEPTH}): it has "
+            f"{', '.join(deeper[:4])}{', ...' if len(deeper) > 4 else ''}. Its other blocks would fit by name only. "
+            "Take weights of this network, or the file's own network by --model"
+        )
     needed = [name for name in unfilled if name in parameters and _must_be_filled(cfg, name, parts, training)]
     if needed:
         raise ValueError(
             f"{cfg.MODEL.WEIGHTS} fills the model only in part: {len(needed)} tensors would start at random, "
             f"{', '.join(needed[:4])}{', ...' if len(needed) > 4 else ''}. {remedy}"
         )
+
+
+def _blocks_too_many(unexpected: Sequence[str], parameters: Mapping[str, Any], bottom_up: str) -> list[str]:
+    """Residual blocks of a file, such as "res4.6", whose stage the model has in its backbone, but shorter."""
+    found = [re.search(r"(?:^|\.)(res[2-5])\.\d+(?=\.)", name) for name in unexpected if "roi_heads" not in name]
+    stages = {name.removeprefix(bottom_up).split(".")[0] for name in parameters if name.startswith(bottom_up)}
+    return list(dict.fromkeys(m.group().lstrip(".") for m in found if m and m.group(1) in stages))
 
 
 def _predictor_name(model: nn.Module) -> str:
@@ -209,7 +224,7 @@ def explain_zero(cfg: CfgNode, model: nn.Module, checkpointer: FewShotCheckpoint
         load_report=checkpointer.report,
         head_classes=predictor_classes(model.state_dict()),
         checkpoint_classes=recorded,
-        trainable=trainable_prefixes(model),
+        trainable=trainable_prefixes(model) if hasattr(model, "roi_heads") else None,
         score_threshold=cfg.OS2D.SCORE_THRESH_TEST if cfg.OS2D.ENABLED else cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
         highest_scores=evaluator.highest_scores(),
         recall=proposal_recall(model, loader, novel_ids, max_images=200) if proposes else None,
@@ -246,7 +261,7 @@ def run(
     cfg = prepare(cfg, quiet=quiet, keep_config=eval_only or resume)
     eval_only = eval_only or untrained
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
-    if untrained or not eval_only:
+    if untrained or not (eval_only or resume):
         metadata["origin"] = run_origin(cfg)
     if eval_only:
         detector = build_detector(cfg)
@@ -261,6 +276,10 @@ def run(
         trainer = Trainer(cfg, metadata=metadata)
         checkpointer, detector = trainer.checkpointer, trainer.checkpointer.model
         trainer.start_iter = load_for_run(cfg, checkpointer, resume=resume)
+        if resume:  # what the run's first part started from, whatever the options name now
+            is_resumed = checkpointer.has_checkpoint()
+            metadata["origin"] = evaluated_origin(cfg, checkpointer) if is_resumed else run_origin(cfg)
+            checkpointer.metadata["origin"] = metadata["origin"]
         trainer.evaluate = measured = Evaluation(cfg, detector)
         trainer.train()
         cost = Cost(trainer.seconds, trainer.max_iter)

@@ -213,9 +213,9 @@ class FewShotEvaluator(DatasetEvaluator, ABC):
             [name, int(count), *(metrics[f"{key}-{name}"] for key in ("AP", "AP50", "AP75"))]
             for name, count in zip(truth.class_names, objects, strict=True)
         ]
-        logger.info(
-            "Per class:\n%s", tabulate(per_class, ["class", "objects", "AP", "AP50", "AP75"], "pipe", floatfmt=".2f")
-        )
+        columns = ["class", "objects", "AP", "AP50", "AP75"]
+        table = tabulate(per_class, columns, "pipe", floatfmt=".2f", disable_numparse=[0])  # a class may be named 007
+        logger.info("Per class:\n%s", table)
         empty = [name for name, count in zip(truth.class_names, objects, strict=True) if count == 0]
         if empty:
             logger.warning("Classes without an object in the test set count in no mean: %s", ", ".join(empty))

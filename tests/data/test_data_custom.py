@@ -142,6 +142,7 @@ def test_bad_box_is_fatal_in_own_data(own_tree, part, box):
         (lambda data: data["images"][1].update(id=4), '"images": 1 ids occur more than once'),
         (lambda data: data["categories"][1].update(name="gizmo"), r"the names \['gizmo'\]"),
         (lambda data: data["categories"][1].pop("name"), r'"categories" entry 1 lacks'),
+        (lambda data: data["categories"][1].update(name=7), r'"categories": the name 7 is no text'),
         (lambda data: data.pop("categories"), r"\['categories'\] are missing"),
     ],
 )

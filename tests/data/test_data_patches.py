@@ -120,6 +120,12 @@ class TestPartsThatFitAnObject:
         _, windows = self.sides(boxes)
         assert min(coverage(boxes, window)[0] for window in windows) >= self.rule.min_coverage
 
+    @pytest.mark.parametrize("long", [240, 380])
+    def test_what_is_longer_than_a_patch_can_hold_fills_it(self, long):
+        boxes = np.array([[5, 150, 5 + long, 150 + long // 10]], float)
+        _, windows = self.sides(boxes, count=40)
+        assert min(coverage(boxes, window)[0] for window in windows) > 0.25
+
     def test_at_the_border_of_a_picture_and_without_objects(self):
         sides, windows = self.sides(np.array([[360, 260, 400, 300.0]]))
         assert all(0 <= x0 < x1 <= 400 and 0 <= y0 < y1 <= 300 for x0, y0, x1, y1 in windows)

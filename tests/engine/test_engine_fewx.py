@@ -13,12 +13,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fsdet.checkpoint.safe_io import load_weights
 from fsdet.data.seeds import write_coco_shots
+from fsdet.engine.predictor import Predictor
 from fsdet.engine.record import result_digest, resume_digest
 from fsdet.engine.run import run
 from fsdet.engine.setup import load_config, on_this_machine
 from fsdet.engine.sweep import Sweep, make_plan, run_sweep
 from fsdet.engine.trainer import build_detector, make_optimizer
 from fsdet.evaluation.result import read_result
+from fsdet.modeling.class_memory import ClassMemory
 
 CLASSES = ("red", "green", "blue", "grey", "white")  # white is novel
 COLOURS = ((0, 0, 255), (0, 255, 0), (255, 0, 0), (128, 128, 128), (255, 255, 255))
@@ -269,6 +271,7 @@ def test_starts_from_another_detector(config, tmp_path):
         (["INPUT.FS.SAMPLING", "often"], 'SAMPLING is "often"'),
         (["MODEL.ROI_HEADS.NAME", "FewShotROIHeads"], "a C4 network"),
         (["SOLVER.MAX_ITER", "0"], "MAX_ITER is 0"),
+        (["FEWSHOT.STAGE", "novel", "FEWSHOT.SHOT", "3"], "SHOT is 3, but FEWX.TEST_SHOTS 2"),
     ],
 )
 def test_contradictions_are_found_at_once(config, opts, message):
@@ -307,6 +310,78 @@ def test_start_weights_that_have_seen_the_novel_classes_are_refused(stages, pair
     _forget(base)
     with pytest.raises(ValueError, match=r"trained with labels of \['red'\], which are novel classes here"):
         run(direct, ["FEWSHOT.SHOT", "1", "FEWSHOT.NOVEL_CLASSES", "('red',)"], quiet=True)
+
+
+def test_a_base_stage_never_starts_from_novel_labels(config, tmp_path):
+    """Whichever key names the file."""
+    torch.save({"model": {"w": torch.ones(1)}, "fsdet": {"classes": ["red", "white"]}}, tmp_path / "seen.pth")
+    for key in ("MODEL.WEIGHTS", "FEWSHOT.INIT"):
+        with pytest.raises(ValueError, match=r"trained with labels of \['white'\]"):
+            run(config("base.yaml"), [key, str(tmp_path / "seen.pth")], quiet=True)
+
+
+def test_a_base_class_without_objects_is_found_at_once(config, pairs, tmp_path):
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    data = json.loads((folder / "train.json").read_text())
+    data["annotations"] = [a for a in data["annotations"] if a["category_id"] != 2]
+    (folder / "train.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"train.json: no object of the classes \['green'\].*fewx knows a class by"):
+        run(config("base.yaml"), ["FEWSHOT.ROOT", str(folder)], quiet=True)
+
+
+def test_features_of_a_deeper_network_are_refused(config, tmp_path):
+    """The blocks that R-50 has would fit by name."""
+    path = config("base.yaml")
+    deeper = build_detector(load_config(path, ["MODEL.RESNETS.DEPTH", "101", "MODEL.DEVICE", "cpu"]))
+    torch.save({"model": deeper.state_dict()}, tmp_path / "deeper.pth")
+    with pytest.raises(ValueError, match=r"deeper network than this one \(R-50\): it has res4\.6, res4\.7"):
+        run(path, ["FEWSHOT.INIT", str(tmp_path / "deeper.pth")], quiet=True)
+
+
+def test_a_resumed_run_keeps_what_it_started_from(config, tmp_path):
+    path = config("base.yaml")
+    start = Path(load_config(path).MODEL.WEIGHTS)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy(start, tmp_path / name / "model_final.pth")
+    first, second = (["FEWSHOT.INIT", str(tmp_path / name / "model_final.pth")] for name in ("first", "second"))
+    run(path, [*first, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1"], quiet=True)
+    for opts in (second, ["FEWSHOT.INIT", str(tmp_path / "gone.pth")]):
+        _forget(path)
+        run(path, [*opts, "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "1"], resume=True, quiet=True)
+        result = read_result(next((tmp_path / "output").rglob("result.json")))
+        assert result.protocol.pretraining.startswith("detector first:") and result.iterations == 3
+
+
+def test_half_a_memory_is_made_anew(stages, tmp_path):
+    base, direct, _ = stages
+    run(base, quiet=True)
+    first = run(direct, ["FEWSHOT.SHOT", "1"], quiet=True)
+    folder = next((tmp_path / "output" / "fewx_direct").rglob("result.json")).parent
+    (folder / "class_memory_fewx.safetensors").unlink()
+    _forget(direct)
+    again = run(direct, ["FEWSHOT.SHOT", "1"], eval_only=True, quiet=True)
+    np.testing.assert_equal([again[name] for name in first], [*first.values()])
+
+
+def test_an_edited_memory_is_taken_as_it_is(stages, pairs, tmp_path):
+    """On the disk of a run, whose K shots are at hand; and in a detector that has predicted with it."""
+    base, direct, _ = stages
+    run(base, quiet=True)
+    run(direct, ["FEWSHOT.SHOT", "1", "FEWX.TEST_SHOTS", "1"], quiet=True)
+    folder = next((tmp_path / "output" / "fewx_direct").rglob("result.json")).parent
+    memory = ClassMemory.load(folder / "class_memory_fewx")
+    memory.remove("red")
+    memory.rename("blue", "navy")
+    memory.save(folder / "class_memory_fewx")
+    predictor = Predictor.from_run(folder, threshold=0.0)
+    assert set(predictor.class_names) == {"green", "grey", "white", "navy"}
+    picture = torch.from_numpy(cv2.imread(str(pairs / "test" / "1.png"))).permute(2, 0, 1)
+    query = [{"image": picture, "height": 64, "width": 96}]
+    before = {int(number) for number in predictor.model(query)[0]["instances"].pred_classes}
+    predictor.model.class_memory.remove(predictor.class_names[0])
+    after = {int(number) for number in predictor.model(query)[0]["instances"].pred_classes}
+    assert max(before) == 3 and max(after) == 2
 
 
 def test_base_stage_is_not_evaluated_with_random_heads(config, calm_weights):

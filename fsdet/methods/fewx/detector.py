@@ -207,7 +207,9 @@ class FewXRCNN(DrawnShotsMemory, GeneralizedRCNN):
 
     def _known_classes(self) -> Classes:
         """The class memory, ready for the heads. Raises: as `inference`."""
-        return self._classes(self.roi_heads.box_predictor, self.checked_memory(), self.device)
+        memory = self.checked_memory()
+        entries = tuple(memory[name] for name in memory)
+        return self._classes(self.roi_heads.box_predictor, memory, self.device, entries)
 
     def _scorer(self) -> PairScorer:
         return PairScorer(self.proposal_generator, self.roi_heads, self.rows_at_once, self.shared_proposals)

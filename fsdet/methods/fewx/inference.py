@@ -18,6 +18,7 @@ from fsdet.methods.fewx.relation import MultiRelationHead, SupportParts
 from fsdet.methods.fewx.roi_heads import RelationRes5ROIHeads
 from fsdet.methods.fewx.rpn import AttentionRPN
 from fsdet.modeling.class_memory import ClassMemory
+from fsdet.modeling.class_memory_entry import ClassEntry
 
 _CPU_ROWS = 100  # regions in res5 at once on a CPU: larger batches leave its caches and gain nothing
 KERNEL, FEATURE = "kernel", "feature"  # tensors of a class: (C4,) on res4, (C5, P, P) behind res5
@@ -38,8 +39,13 @@ class Classes:
         return len(self.kernels)
 
 
-def prepare_classes(head: MultiRelationHead, memory: ClassMemory, device: torch.device) -> Classes:
-    """Compute once what every image needs of a memory with "kernel" (C4,) and "feature" (C5, P, P) for each class."""
+def prepare_classes(
+    head: MultiRelationHead, memory: ClassMemory, device: torch.device, _entries: Sequence[ClassEntry] = ()
+) -> Classes:
+    """Compute once what every image needs of a memory with "kernel" (C4,) and "feature" (C5, P, P) for each class.
+
+    The memory's entries are given as well, so that whoever keeps the result sees when the memory has been edited.
+    """
     kernels, features = (memory.stack(key).to(device) for key in (KERNEL, FEATURE))
     with torch.autocast(device.type, enabled=False):
         return Classes(kernels, head.encode(features))

@@ -27,8 +27,13 @@ def range_faults(cfg: CfgNode) -> list[str]:
 
 
 def setting_faults(cfg: CfgNode) -> list[str]:
-    """`range_faults`, and a line for relation heads that do not exist."""
+    """`range_faults`, and a line for relation heads that do not exist and for shots that no test would read."""
     faults, relations = range_faults(cfg), cfg.FEWX.RELATIONS
     if not relations or set(relations) - set(RELATIONS):
         faults.append(f"FEWX.RELATIONS is {tuple(relations)}; expected some of {RELATIONS}")
+    if cfg.FEWX.ENABLED and cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SHOT > cfg.FEWX.TEST_SHOTS:
+        faults.append(
+            f"FEWSHOT.SHOT is {cfg.FEWSHOT.SHOT}, but FEWX.TEST_SHOTS {cfg.FEWX.TEST_SHOTS}: a test would not read "
+            "further shots; raise FEWX.TEST_SHOTS"
+        )
     return faults
