@@ -140,6 +140,15 @@ def test_sweep_of_base_and_new_classes(stages, tmp_path):
     assert len(list((tmp_path / "output").rglob("class_memory_os2d.json"))) == 3
 
 
+def test_nothing_found_is_not_blamed_on_a_predictor_that_is_not_there(stages, tmp_path, monkeypatch):
+    base, direct = stages
+    run(base, ["SOLVER.MAX_ITER", "1"], quiet=True)
+    monkeypatch.setattr("fsdet.engine.run.is_novel_zero", lambda metrics: True)
+    run(direct, ["FEWSHOT.SHOT", "1"], quiet=True)
+    result = read_result(next((tmp_path / "output" / "os2d_direct").rglob("result.json")))
+    assert "box predictor must train" not in result.notes["novel AP is 0"]
+
+
 def test_backbone_alone_is_evaluated_only_as_untrained(stages, tmp_path):
     base, direct = stages
     run(base, ["SOLVER.MAX_ITER", "1"], quiet=True)

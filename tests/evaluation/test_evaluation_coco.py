@@ -229,6 +229,15 @@ def test_nan_detections_are_dropped_and_named(caplog):
     assert "Image 000: 1 detections" in caplog.text
 
 
+def test_a_class_named_by_digits_is_no_number_in_the_table(caplog):
+    name = register_boxes([[(0, [10, 10, 50, 50], {})]], classes=("007", "1e3"))
+    evaluator = build_evaluator(name)
+    evaluator.process([{"image_id": "000"}], [found([[10, 10, 50, 50]], [0.5], [0])])
+    with caplog.at_level(logging.INFO):
+        evaluator.evaluate()
+    assert "| 007 " in caplog.text and "| 1e3 " in caplog.text
+
+
 def test_half_precision_outputs():
     name = register_boxes([[(0, [10, 10, 50, 50], {})]])
     evaluator = build_evaluator(name)
