@@ -227,7 +227,8 @@ def test_switches_that_are_off_are_no_part_of_a_digest(monkeypatch):
     older.defrost()
     del older["FEWX"], older.INPUT["FS"], older.SOLVER["HEAD_LR_FACTOR"], older.DATALOADER["VIEWS"]
     del older["OS2D"], older.INPUT["PATCH"], older.SOLVER["CLIP_TOTAL_NORM"], older.TEST["ONESHOT_METRIC"]
-    del older.FEWSHOT["CLASS_IMAGES"], older.FEWSHOT["ONESHOT_SETS"], older.FEWSHOT["CLEAR_DIFFICULT"]
+    for key in ("CLASS_IMAGES", "ONESHOT_SETS", "CLEAR_DIFFICULT", "INIT"):
+        del older.FEWSHOT[key]
     monkeypatch.setattr("fsdet.engine.record._switched_off", lambda cfg: ["TEST.CALIBRATION", *LATER])
     before = result_digest(older)
     monkeypatch.undo()
