@@ -102,7 +102,6 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self._use_heuristics = False
         self._already_read: dict[str, dict[str, Any]] = {}
         self._loading: dict[str, Any] = {}
-        self._left_out: tuple[str, ...] = ()
 
     # Reading
 
@@ -118,7 +117,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         path = os.fspath(path or "")
         self._use_heuristics = path.endswith(_HEURISTICS_QUERY)
         path = path.removesuffix(_HEURISTICS_QUERY)
-        self.source, self.report, self.recorded, self._left_out = path, None, {}, ()
+        self.source, self.report, self.recorded = path, None, {}
         if path and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint {path} not found; check MODEL.WEIGHTS")
         try:
@@ -138,11 +137,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = self._already_read.pop(filename, None) or load_weights(filename)
-        bare = self._has_bare_names(checkpoint["model"])
-        if bare:
-            self._left_out = self._top_layers_of_other_shape(checkpoint["model"])
-            checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if k not in self._left_out}
-        if self._use_heuristics or bare:
+        if self._use_heuristics or self._has_bare_names(checkpoint["model"]):
             checkpoint["matching_heuristics"] = True
         if self.strict_heads:
             self._check_classes(checkpoint)
@@ -156,7 +151,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         return any(own.endswith("." + name) for name in state_dict for own in names)
 
     def _top_layers_of_other_shape(self, state_dict: Mapping[str, Any]) -> tuple[str, ...]:
-        """Bare names of a file's own last layers that match a layer of the model by name, but none by shape.
+        """Names of a file's last layers that would match a layer of the model by name, but none by shape.
 
         The classifier of an ImageNet file is "linear", and so are layers of detectors that have nothing to do with it.
         """
@@ -193,6 +188,9 @@ class FewShotCheckpointer(DetectionCheckpointer):
         super()._convert_ndarray_to_tensor(state_dict)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        by_heuristics = checkpoint.get("matching_heuristics", False)
+        left_out = self._top_layers_of_other_shape(checkpoint["model"]) if by_heuristics else ()
+        checkpoint["model"] = {name: value for name, value in checkpoint["model"].items() if name not in left_out}
         incompatible = super()._load_model(checkpoint)
         mismatched = tuple((name, tuple(a), tuple(b)) for name, a, b in incompatible.incorrect_shapes)
         other_shape = {name for name, _, _ in mismatched}
@@ -201,7 +199,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         self.report = LoadReport(
             matched=tuple(name for name in self.model.state_dict() if name in filled),
             missing=missing,
-            unexpected=(*incompatible.unexpected_keys, *self._left_out),
+            unexpected=(*incompatible.unexpected_keys, *left_out),
             mismatched=mismatched,
         )
         if self.require_full and not self.report.is_full:

@@ -155,9 +155,10 @@ def _listed(records: list[Record], path: Path) -> list[Record]:
             f"{path}: no such list of test images (FEWSHOT.TEST_LIST); leave it empty to test on all"
         )
     wanted = listed_images(path)
-    found = [record for record in records if str(record["image_id"]) in set(wanted)]
+    listed = set(wanted)
+    found = [record for record in records if str(record["image_id"]) in listed]
     if not wanted or len(found) != len(wanted):
-        unknown = sorted(set(wanted) - {str(record["image_id"]) for record in records})
+        unknown = sorted(listed - {str(record["image_id"]) for record in records})
         fault = f"names images that the test set lacks: {unknown[:5]}" if unknown else "is empty or repeats an image"
         raise ValueError(f"{path} {fault}; FEWSHOT.TEST_LIST holds one image id of the test set a line, each once")
     return found

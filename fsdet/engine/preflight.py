@@ -72,18 +72,20 @@ def check_labels(cfg: CfgNode, records: list[Record]) -> None:
     labelled = {a["category_id"] for record in records for a in record["annotations"] if not a.get("iscrowd", 0)}
     train, _ = dataset_specs(cfg)
     source = dataset_sources(cfg).json_of("train") or train.name
-    if labelled:
-        unseen = [name for number, name in enumerate(run_classes(cfg)) if number not in labelled]
-        if unseen and cfg.FEWSHOT.SURGERY == "none" and cfg.FEWSHOT.LAYOUT != "oneshot":
-            raise ValueError(
-                f"{source}: no object of the classes {unseen} is left for training, and {cfg.FEWSHOT.METHOD} knows a "
-                "class by examples. Label one of each, or take the classes out of the file"
-            )
-        return
-    cause = "check its annotations and FEWSHOT.NOVEL_CLASSES"
-    if train.removes_leak and train.leak == "drop":
-        cause = 'FEWSHOT.LEAK drop takes away every image that shows a novel object; use "ignore" or "background"'
-    raise ValueError(f"{source}: no image with an object of the {train.subset} classes is left for training; {cause}")
+    if not labelled:
+        cause = "check its annotations and FEWSHOT.NOVEL_CLASSES"
+        if train.removes_leak and train.leak == "drop":
+            cause = 'FEWSHOT.LEAK drop takes away every image that shows a novel object; use "ignore" or "background"'
+        raise ValueError(
+            f"{source}: no image with an object of the {train.subset} classes is left for training; {cause}"
+        )
+    learns_by_objects = cfg.FEWSHOT.SURGERY == "none" and cfg.FEWSHOT.LAYOUT != "oneshot"
+    unseen = [name for number, name in enumerate(run_classes(cfg)) if number not in labelled]
+    if learns_by_objects and unseen:
+        raise ValueError(
+            f"{source}: no object of the classes {unseen} is left for training, and {cfg.FEWSHOT.METHOD} knows a "
+            "class by examples. Label one of each, or take the classes out of the file"
+        )
 
 
 def check_pictures(dataset_name: str, records: list[Record]) -> None:

@@ -261,7 +261,7 @@ def run(
     cfg = prepare(cfg, quiet=quiet, keep_config=eval_only or resume)
     eval_only = eval_only or untrained
     metadata = {"classes": run_classes(cfg), "stage": cfg.FEWSHOT.STAGE, "method": cfg.FEWSHOT.METHOD}
-    if untrained or not (eval_only or resume):
+    if untrained:
         metadata["origin"] = run_origin(cfg)
     if eval_only:
         detector = build_detector(cfg)
@@ -276,10 +276,9 @@ def run(
         trainer = Trainer(cfg, metadata=metadata)
         checkpointer, detector = trainer.checkpointer, trainer.checkpointer.model
         trainer.start_iter = load_for_run(cfg, checkpointer, resume=resume)
-        if resume:  # what the run's first part started from, whatever the options name now
-            is_resumed = checkpointer.has_checkpoint()
-            metadata["origin"] = evaluated_origin(cfg, checkpointer) if is_resumed else run_origin(cfg)
-            checkpointer.metadata["origin"] = metadata["origin"]
+        is_resumed = resume and checkpointer.has_checkpoint()  # then the first part tells, whatever the options name
+        metadata["origin"] = evaluated_origin(cfg, checkpointer) if is_resumed else run_origin(cfg)
+        checkpointer.metadata["origin"] = metadata["origin"]
         trainer.evaluate = measured = Evaluation(cfg, detector)
         trainer.train()
         cost = Cost(trainer.seconds, trainer.max_iter)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fsdet.data.support import Support, SupportSet
@@ -20,6 +21,15 @@ from fsdet.modeling.derived import WeightsKey, weights_key
 from fsdet.modeling.digested_shots import draw_shots, stale_classes
 
 logger = logging.getLogger(__name__)
+
+
+def unread_shots(cfg: CfgNode, section: str) -> list[str]:
+    """A line where a novel stage has more shots than TEST_SHOTS of a method's section, so that a test reads a part."""
+    shot, read = cfg.FEWSHOT.SHOT, cfg[section].TEST_SHOTS
+    if cfg.FEWSHOT.STAGE != "novel" or shot <= read:
+        return []
+    key = f"{section}.TEST_SHOTS"
+    return [f"FEWSHOT.SHOT is {shot}, but {key} {read}: a test would not read further shots; raise {key}"]
 
 
 class DrawnShotsMemory(RecallableMemory):

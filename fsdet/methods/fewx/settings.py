@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from fsdet.methods.fewx.relation import RELATIONS
+from fsdet.modeling.drawn_memory import unread_shots
 
 CORRELATIONS = ("sum", "mean")
 
@@ -31,9 +32,4 @@ def setting_faults(cfg: CfgNode) -> list[str]:
     faults, relations = range_faults(cfg), cfg.FEWX.RELATIONS
     if not relations or set(relations) - set(RELATIONS):
         faults.append(f"FEWX.RELATIONS is {tuple(relations)}; expected some of {RELATIONS}")
-    if cfg.FEWX.ENABLED and cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SHOT > cfg.FEWX.TEST_SHOTS:
-        faults.append(
-            f"FEWSHOT.SHOT is {cfg.FEWSHOT.SHOT}, but FEWX.TEST_SHOTS {cfg.FEWX.TEST_SHOTS}: a test would not read "
-            "further shots; raise FEWX.TEST_SHOTS"
-        )
-    return faults
+    return faults + unread_shots(cfg, "FEWX") if cfg.FEWX.ENABLED else faults

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 
 from fsdet.methods.os2d.fusion import FUSIONS
 from fsdet.methods.os2d.objective import KINDS
+from fsdet.modeling.drawn_memory import unread_shots
 
 NO_THRESHOLD = -2.0  # below every cosine
 _CHOICES = {
@@ -141,12 +142,7 @@ def _faults_beside(cfg: CfgNode) -> list[str]:
     ]
     if cfg.SOLVER.MAX_ITER and not cfg.INPUT.PATCH.ENABLED:
         faults.append("INPUT.PATCH.ENABLED is False, but OS2D trains on patches; set it True, or SOLVER.MAX_ITER 0")
-    if cfg.FEWSHOT.STAGE == "novel" and cfg.FEWSHOT.SHOT > cfg.OS2D.TEST_SHOTS:
-        faults.append(
-            f"FEWSHOT.SHOT is {cfg.FEWSHOT.SHOT}, but OS2D.TEST_SHOTS {cfg.OS2D.TEST_SHOTS}: further shots would not "
-            "be read; raise OS2D.TEST_SHOTS"
-        )
-    return faults
+    return faults + unread_shots(cfg, "OS2D")
 
 
 def idle_keys(cfg: CfgNode) -> list[str]:
